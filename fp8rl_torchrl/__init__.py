@@ -5,32 +5,26 @@ The public names are loaded on first use: importing the package starts no CUDA, 
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from fp8rl_torchrl._lazy import lazy_names
 
 if TYPE_CHECKING:
     from fp8rl_torchrl import data, envs, models, objectives, precision, recipes, training
-    from fp8rl_torchrl.models import ActorCritic
-    from fp8rl_torchrl.precision import Precision
-    from fp8rl_torchrl.training import OptimStep, Pipeline, evaluate
+    from fp8rl_torchrl.models.actor_critic import ActorCritic
+    from fp8rl_torchrl.precision.mode import Precision
+    from fp8rl_torchrl.training.evaluate import EvalResult, evaluate
+    from fp8rl_torchrl.training.loop import Pipeline
+    from fp8rl_torchrl.training.step import OptimStep
 
 __version__ = "0.1.0"
 
-_PACKAGES = ("data", "envs", "models", "objectives", "precision", "recipes", "training")
-_HOME = {
-    "ActorCritic": "models",
-    "OptimStep": "training",
-    "Pipeline": "training",
-    "Precision": "precision",
-    "evaluate": "training",
-}
-
 __all__ = [
     "ActorCritic",
+    "EvalResult",
     "OptimStep",
     "Pipeline",
     "Precision",
-    "__version__",
     "data",
     "envs",
     "evaluate",
@@ -41,14 +35,21 @@ __all__ = [
     "training",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name in _PACKAGES:
-        return import_module(f"{__name__}.{name}")
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "ActorCritic": "models.actor_critic",
+        "EvalResult": "training.evaluate",
+        "OptimStep": "training.step",
+        "Pipeline": "training.loop",
+        "Precision": "precision.mode",
+        "data": "data",
+        "envs": "envs",
+        "evaluate": "training.evaluate",
+        "models": "models",
+        "objectives": "objectives",
+        "precision": "precision",
+        "recipes": "recipes",
+        "training": "training",
+    },
+)
