@@ -1,0 +1,296 @@
+"""`OptimStep`: loss, backward and optimizer step in one precision, without a host synchronisation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import nn
+from torchrl.objectives.utils import HardUpdate, SoftUpdate, TargetNetUpdater
+from torchrl.trainers import OptimizationStepper
+
+from fp8rl_torchrl.precision.mode import Precision
+
+Schedule = Callable[[torch.Tensor], torch.Tensor]
+
+
+class OptimStep(OptimizationStepper):
+    """One update: the loss under autocast, scaled backward, clipping, and the optimizer's step.
+
+    The loss runs under autocast in the precision's format; its parameters and the optimizer's moments stay FP32. A
+    `torch.amp.GradScaler` scales the loss, live for ``fp16`` and present but disabled otherwise. An update whose loss
+    **or** gradient is not finite is skipped: parameters, moments, target networks, learning-rate schedule and the
+    count of updates all stay as they were. The decision is taken on the device, so nothing waits for the host. Among
+    several optimizers only the one with the overflow skips; target networks, schedule and count wait for all of them.
+
+    Call it with a batch, or hand it to a `torchrl.trainers.Trainer` as its ``optimization_stepper``.
+
+    Args:
+        loss: A module that maps a batch to a TensorDict whose entries ``loss*`` are scalars, such as any
+            `torchrl.objectives.LossModule`. Its networks should end in FP32
+            (`fp8rl_torchrl.models.Float32Head`), so that the arithmetic of the loss is FP32.
+        optimizer: One **fused** optimizer (``torch.optim.Adam(..., fused=True)``) for the sum of all losses, or
+            ``{loss_key: optimizer}`` with disjoint parameters, each with a loss scale of its own.
+        precision: A `Precision` or its name.
+        max_grad_norm: Each optimizer's gradient is clipped to this 2-norm; None leaves it as it is.
+        accumulate: The optimizer steps on every ``accumulate``-th call, on the mean of the gradients.
+        target_updater: A `torchrl.objectives.SoftUpdate` or ``HardUpdate`` to apply after every update that was not
+            skipped; do not call its ``step`` yourself.
+        lr_schedule: Maps the number of updates so far (int64 tensor ``[]``) to a factor on every learning rate.
+
+    Attributes:
+        updates: int64 ``[]`` on the device, the updates applied so far.
+        skipped_steps: int64 ``[]`` on the device, the updates skipped so far.
+        scalers: The `torch.amp.GradScaler` of each loss key (``"loss"`` where there is one optimizer).
+
+    Raises:
+        ValueError: If an optimizer is not fused, two of them share a parameter, or a number is out of range.
+        TypeError: If the target updater is neither a ``SoftUpdate`` nor a ``HardUpdate``.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> class Loss(nn.Module):
+        ...     def forward(self, batch):
+        ...         return TensorDict(loss=model(batch["x"]).float().pow(2).mean())
+        >>> step = OptimStep(Loss(), torch.optim.Adam(model.parameters(), fused=True), "bf16", max_grad_norm=1.0)
+        >>> sorted(step(TensorDict(x=torch.ones(8, 2))).keys())
+        ['grad_norm', 'loss', 'loss_scale', 'skipped']
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer],
+        precision: Precision | str,
+        *,
+        max_grad_norm: float | None = None,
+        accumulate: int = 1,
+        target_updater: TargetNetUpdater | None = None,
+        lr_schedule: Schedule | None = None,
+    ) -> None:
+        self.loss = loss
+        self.single = isinstance(optimizer, torch.optim.Optimizer)
+        self.optimizers = {"loss": optimizer} if isinstance(optimizer, torch.optim.Optimizer) else dict(optimizer)
+        self.precision = Precision.of(precision)
+        self.max_grad_norm = max_grad_norm
+        self.accumulate = accumulate
+        self.target_updater = target_updater
+        self.lr_schedule = lr_schedule
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be > 0, or None for no clipping; got {max_grad_norm}")
+        if accumulate < 1:
+            raise ValueError(f"accumulate must be >= 1; got {accumulate}")
+        if not isinstance(target_updater, SoftUpdate | HardUpdate | None):
+            raise TypeError(f"target_updater must be a SoftUpdate or a HardUpdate; got {type(target_updater).__name__}")
+        self._parameters = {key: _parameters_of(key, each) for key, each in self.optimizers.items()}
+        _refuse_shared(self._parameters)
+        self.device = next(iter(self._parameters.values()))[0].device
+        self.scalers = {
+            key: torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
+                self.device.type,
+                init_scale=self.precision.init_scale,
+                growth_interval=self.precision.growth_interval,
+                enabled=self.precision.scales_loss,
+            )
+            for key in self.optimizers
+        }
+        self.updates = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._base_lr: list[list[torch.Tensor]] = []
+        if lr_schedule is not None:
+            self._base_lr = [[_lr_tensor(group, self.device) for group in o.param_groups] for o in self._all()]
+        self._calls = 0
+        self._checked = False
+        self._finite = self._all_finite()
+
+    def __call__(self, batch: TensorDictBase) -> TensorDict:
+        """Perform one update on a batch.
+
+        Args:
+            batch: What the loss takes.
+
+        Returns:
+            Device scalars, detached: everything the loss returned and, on calls that end in an optimizer step,
+            ``grad_norm`` (before clipping), ``skipped`` (0.0 or 1.0) and ``loss_scale``; with several optimizers
+            ``grad_norm_<loss key>``, ``skipped_<loss key>`` and ``loss_scale_<loss key>``.
+
+        Raises:
+            ValueError: On the first call, if the losses and the optimizers do not fit together.
+        """
+        return self._update(batch, self.loss)
+
+    def step(self, trainer: Any, sub_batch: TensorDictBase) -> TensorDict:
+        """Perform one update inside a TorchRL trainer, on the trainer's loss module."""
+        return self._update(sub_batch, trainer.compute_loss)
+
+    def _all(self) -> list[torch.optim.Optimizer]:
+        return list(self.optimizers.values())
+
+    def _update(self, batch: TensorDictBase, compute_loss: Callable[[TensorDictBase], TensorDictBase]) -> TensorDict:
+        with self.precision.autocast(self.device):
+            outputs = compute_loss(batch)
+        losses = self._select_losses(outputs)
+        if not self._checked:
+            self._check_once(losses)
+        self._backward(losses)
+        metrics = TensorDict({key: value.detach() for key, value in outputs.items()}, batch_size=[])
+        self._calls += 1
+        if self._calls % self.accumulate == 0:
+            self._apply(metrics)
+        return metrics
+
+    def _select_losses(self, outputs: TensorDictBase) -> dict[str, torch.Tensor]:
+        found = {key: value for key, value in outputs.items() if isinstance(key, str) and key.startswith("loss")}
+        if not found:
+            raise ValueError(f"the loss returned no entry that starts with 'loss', only {sorted(outputs.keys())}")
+        if self.single:
+            return {"loss": sum(found.values())}  # pyright: ignore[reportReturnType]
+        if set(found) != set(self.optimizers):
+            raise ValueError(
+                f"the loss returned {sorted(found)}, but the optimizers are keyed by {sorted(self.optimizers)}: "
+                "give each loss its optimizer, or one optimizer for their sum"
+            )
+        return found
+
+    def _check_once(self, losses: dict[str, torch.Tensor]) -> None:
+        """Refuse, before the first update, losses that reach no parameter or another optimizer's parameters."""
+        for key, loss in losses.items():
+            if loss.dtype != torch.float32:
+                warnings.warn(
+                    f"{key!r} was computed in {loss.dtype}: end the networks in float32 (models.Float32Head) so that "
+                    "log-probabilities, targets and losses keep their precision",
+                    stacklevel=4,
+                )
+            for owner, parameters in self._parameters.items():
+                reached = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+                reaches = any(gradient is not None for gradient in reached)
+                if owner == key and not reaches:
+                    raise ValueError(f"{key!r} does not depend on any parameter of its optimizer")
+                if owner != key and reaches:
+                    raise ValueError(
+                        f"{key!r} reaches parameters that belong to the optimizer of {owner!r}. Their loss scales can "
+                        "differ, so the gradients must not mix: detach what one loss uses of the other's network, or "
+                        "use a single optimizer for the sum of the losses"
+                    )
+        self._checked = True
+
+    def _backward(self, losses: dict[str, torch.Tensor]) -> None:
+        for place, (key, loss) in enumerate(losses.items()):
+            self._finite[key] &= torch.isfinite(loss.detach())
+            self.scalers[key].scale(loss / self.accumulate).backward(
+                inputs=self._parameters[key], retain_graph=place + 1 < len(losses)
+            )
+
+    def _apply(self, metrics: TensorDict) -> None:
+        applied = torch.ones((), dtype=torch.bool, device=self.device)
+        self._set_learning_rates()
+        for key, optimizer in self.optimizers.items():
+            scaler, suffix = self.scalers[key], "" if self.single else f"_{key}"
+            metrics[f"loss_scale{suffix}"] = self._scale_of(scaler)
+            scaler.unscale_(optimizer)
+            gradients = [p.grad for p in self._parameters[key] if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            if self.max_grad_norm is not None:
+                nn.utils.clip_grads_with_norm_(self._parameters[key], self.max_grad_norm, norm)
+            finite = self._finite[key] & torch.isfinite(norm)
+            # GradScaler.step knows of the gradients alone, so the flag that fused optimizers obey is set here. The
+            # scale still follows the gradients: an infinite reward is no reason to shrink it.
+            optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+            optimizer.step()
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            metrics[f"grad_norm{suffix}"] = norm
+            metrics[f"skipped{suffix}"] = (~finite).float()
+            applied &= finite
+        self.updates += applied
+        self.skipped_steps += ~applied
+        self._update_targets(applied)
+        self._finite = self._all_finite()
+
+    def _all_finite(self) -> dict[str, torch.Tensor]:
+        return {key: torch.ones((), dtype=torch.bool, device=self.device) for key in self.optimizers}
+
+    def _scale_of(self, scaler: Any) -> torch.Tensor:
+        # `get_scale` reads the scale on the host; the tensor itself stays on the device.
+        return scaler._scale.clone() if scaler.is_enabled() else torch.ones((), device=self.device)
+
+    def _set_learning_rates(self) -> None:
+        if self.lr_schedule is not None:
+            factor = self.lr_schedule(self.updates)
+            for optimizer, base in zip(self._all(), self._base_lr, strict=True):
+                for group, lr in zip(optimizer.param_groups, base, strict=True):
+                    group["lr"].copy_(lr * factor)
+
+    @torch.no_grad()
+    def _update_targets(self, applied: torch.Tensor) -> None:
+        """Move the target networks by the updater's rule, by nothing where the update was skipped."""
+        updater = self.target_updater
+        if updater is None:
+            return
+        if isinstance(updater, SoftUpdate):
+            weight = applied * (1 - updater.eps)
+        else:
+            weight = applied & (self.updates % int(updater.value_network_update_interval) == 0)
+        sources = dict(updater._sources.items(True, True))
+        for key, target in updater._targets.items(True, True):
+            name, *rest = key if isinstance(key, tuple) else (key,)
+            source = sources[(name.removeprefix("target_"), *rest)]
+            target.data.lerp_(source.data, weight.to(target.dtype))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizers, scalers, counters.
+
+        Raises:
+            RuntimeError: Between the calls of one accumulated update; its gradients would be lost.
+        """
+        if self._calls % self.accumulate:
+            raise RuntimeError("an accumulated update is under way: save after its last call")
+        return {
+            "optimizers": {key: optimizer.state_dict() for key, optimizer in self.optimizers.items()},
+            "scalers": {key: scaler.state_dict() for key, scaler in self.scalers.items()},
+            "updates": self.updates,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for key, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state_dict["optimizers"][key])
+            self.scalers[key].load_state_dict(state_dict["scalers"][key])
+        self.updates.copy_(state_dict["updates"])
+        self.skipped_steps.copy_(state_dict["skipped_steps"])
+
+
+def _parameters_of(key: str, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    if not optimizer.defaults.get("fused"):
+        name = type(optimizer).__name__
+        raise ValueError(
+            f"the optimizer of {key!r} is not fused, so it cannot skip an update without waiting for the device: "
+            f"build it as torch.optim.{name}(..., fused=True) (Adam, AdamW, SGD and Adagrad have this option)"
+        )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    low = sorted({str(p.dtype) for p in parameters if p.dtype != torch.float32})
+    if low:
+        raise ValueError(f"the parameters of {key!r} must be float32 master weights; found {', '.join(low)}")
+    return parameters
+
+
+def _refuse_shared(parameters: dict[str, list[torch.Tensor]]) -> None:
+    owner: dict[int, str] = {}
+    for key, tensors in parameters.items():
+        for tensor in tensors:
+            if id(tensor) in owner:
+                raise ValueError(
+                    f"the optimizers of {owner[id(tensor)]!r} and {key!r} share a parameter of shape "
+                    f"{tuple(tensor.shape)}; give each parameter to one optimizer"
+                )
+            owner[id(tensor)] = key
+
+
+def _lr_tensor(group: dict[str, Any], device: torch.device) -> torch.Tensor:
+    """Turn a group's learning rate into a tensor that the schedule can write, and return its first value."""
+    group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device).clone()
+    return group["lr"].clone()
