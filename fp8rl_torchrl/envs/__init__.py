@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fp8rl_torchrl._lazy import lazy_names
+from fp8rl_torchrl.envs.gymnasium_env import register
 
 if TYPE_CHECKING:
     from fp8rl_torchrl.envs.conformance import (
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ConformanceReport", "CustomEnv", "EnvConformanceError", "EnvConformanceSuite", "check_env", "make"]
 
-# Lazy, because Gymnasium imports this package to register our environment for everyone who imports Gymnasium.
+# `gymnasium.make("fp8rl_torchrl.envs:fp8rl/CustomEnv-v0")` imports this package, which therefore registers the
+# environment, and loads all that needs torch only when it is asked for.
+register()
 __getattr__, __dir__ = lazy_names(
     __name__,
     {

@@ -87,6 +87,9 @@ class ReplayedActorCriticLoss(LossModule):
         self.max_weight = max_weight
         self.critic_coeff = critic_coeff
         self.entropy_coeff = entropy_coeff
+        observed = actor_critic.value.in_keys
+        stored = ["action", "action_log_prob", ("next", "reward"), ("next", "terminated")]
+        self.in_keys = [*observed, *(("next", key) for key in observed), *stored]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Compute the losses of a batch of transitions.

@@ -1,0 +1,54 @@
+"""Collecting experience: what TorchRL's `Collector` needs so that a stopped run continues exactly.
+
+Experience is collected by `torchrl.collectors.Collector` with its direct backend, the class that was called
+``SyncDataCollector`` until torchrl 0.13 removed that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase
+
+
+def restores_exactly(env: EnvBase) -> bool:
+    """Whether the state of an environment is all in its TensorDict, so that a stopped episode can be continued."""
+    return bool(getattr(env, "stateless", False))
+
+
+class CollectorState:
+    """The part of a collector that a checkpoint must hold, as an object with ``state_dict`` and ``load_state_dict``.
+
+    `Collector.state_dict` leaves out the live step from which the next collection starts. Here it is saved with the
+    counters, for environments that declare ``stateless = True``. Other environments keep state that nobody can read:
+    their collector restores its counters and starts fresh episodes.
+
+    Args:
+        collector: The collector to save and restore.
+    """
+
+    def __init__(self, collector: Collector) -> None:
+        self.collector = collector
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters and, where the environment allows it, the live step (a nested dict of tensors)."""
+        collector = self.collector
+        state: dict[str, Any] = {"frames": collector._frames, "iter": collector._iter}
+        if collector.track_traj_ids:
+            state["traj_pool"] = collector._traj_pool.state_dict()
+        if restores_exactly(collector.env):
+            state["live_step"] = collector._carrier.clone().to_dict()
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; without a live step the next collection starts fresh episodes."""
+        collector = self.collector
+        collector._frames, collector._iter = state_dict["frames"], state_dict["iter"]
+        if collector.track_traj_ids:
+            collector._traj_pool.load_state_dict(state_dict["traj_pool"])
+        if "live_step" in state_dict:
+            live = TensorDict(state_dict["live_step"], batch_size=collector.env.batch_size)
+            collector._carrier = live if collector._carrier_has_no_device else live.to(collector.env.device)

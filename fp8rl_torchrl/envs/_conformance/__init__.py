@@ -1,0 +1,1 @@
+"""The checks behind `fp8rl_torchrl.envs.check_env`; nothing here is public."""

@@ -1,0 +1,316 @@
+"""Checks that compare whole runs: seeds, repetition, and what an episode leaves behind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torchrl.envs import EnvBase
+
+from fp8rl_torchrl.envs._conformance.driver import Driver, Run
+from fp8rl_torchrl.envs._conformance.findings import Findings
+from fp8rl_torchrl.envs._conformance.layout import Key, Leaves, first_difference, leaves, same, show
+from fp8rl_torchrl.envs._conformance.randomness import seed_globals
+
+SEEDS = 8
+RESETS = 8
+"""Resets per seed: 64 starts tell what is always the same at a start, and 8 tell two seeds apart."""
+
+
+@dataclass
+class Difference:
+    """Where two runs part: ``step`` -1 is the start."""
+
+    step: int
+    key: Key
+    only_done: bool
+
+    def __str__(self) -> str:
+        place = "at the start" if self.step < 0 else f"at step {self.step}"
+        return f"{show(self.key)} differs {place}"
+
+
+def compare(first: Run, second: Run) -> Difference | None:
+    """The first difference between two runs, up to where either of them stopped."""
+    key = first_difference(first.start, second.start)
+    if key is not None:
+        return Difference(-1, key, False)
+    for step, (a, b) in enumerate(zip(first.frames, second.frames, strict=False)):
+        key = first_difference(a.next, b.next)
+        if key is None:
+            key = first_difference(a.root, b.root)
+            if key is None:
+                continue
+        others = [k for k in a.next if k in b.next and not same(a.next[k], b.next[k])]
+        return Difference(step, key, bool(others) and all(_is_done(k) for k in others))
+    return None
+
+
+def check_starts(driver: Driver, seed: int) -> tuple[list[list[Leaves]], list[Run]] | None:
+    """Reset several times under several seeds; check that a seed decides the starts, and that another seed changes them.
+
+    Returns:
+        The starts, by seed and reset, and a short run per seed under the same actions; None if a reset raised.
+    """
+    findings, starts, runs = driver.findings, [], []
+    actions = None
+    for offset in range(SEEDS):
+        sequence = _starts(driver, seed + offset)
+        if sequence is None:
+            return None
+        starts.append(sequence)
+        policy = driver.random() if actions is None else driver.replay(actions)
+        run = driver.run(seed + offset, 24, policy, check=False)
+        if actions is None:
+            actions = run.actions
+        runs.append(run)
+        if not actions or len(run.frames) < len(actions):
+            actions = actions[: len(run.frames)] if actions else []
+    if not driver.seedable:
+        return starts, runs
+    findings.reach("reset_seed")
+    for offset in range(2):
+        again = _starts(driver, seed + offset)
+        if again is None:
+            return None
+        for number, (first, second) in enumerate(zip(starts[offset], again, strict=True)):
+            key = first_difference(first, second)
+            if key is not None:
+                which = "the first reset" if number == 0 else f"reset {number + 1}"
+                message = f"{show(key)} of {which} after set_seed({seed + offset}) was not the same the second time"
+                findings.fail("reset_seed", message, "start")
+                break
+    return starts, runs
+
+
+def check_seeds_differ(driver: Driver, starts: list[list[Leaves]], runs: list[Run]) -> None:
+    """Fail if seeds make no difference in an environment that shows randomness."""
+    findings = driver.findings
+    if findings.failed("reset_seed", "repeatable", "fresh_episode"):
+        findings.skip("seeds_differ", "the same seed does not repeat its episodes, so seeds cannot be compared")
+        return
+    distinct = max(_distinct(sequence) for sequence in starts)
+    # An environment may be deterministic. That it is not shows in successive resets, or in runs under the same actions.
+    random_steps = any(compare(runs[0], run) is not None for run in runs[1:])
+    alike = [
+        (i, j)
+        for i in range(len(starts))
+        for j in range(i)
+        if all(first_difference(a, b) is None for a, b in zip(starts[i], starts[j], strict=True))
+        and compare(runs[i], runs[j]) is None
+    ]
+    if distinct == 1 and not random_steps:
+        if not _episodes_vary(driver, runs[0]):
+            findings.skip("seeds_differ", "the environment shows no randomness")
+            return
+    findings.reach("seeds_differ")
+    everything = len(alike) == SEEDS * (SEEDS - 1) // 2
+    # With few distinct starts two seeds may agree by chance; with many they cannot.
+    if everything or (alike and distinct >= RESETS // 2):
+        i, j = alike[0]
+        message = f"seeds {runs[j].seed} and {runs[i].seed} gave the same {RESETS} starts and the same steps"
+        findings.fail("seeds_differ", f"{message}, though successive episodes differ", "alike")
+
+
+def _episodes_vary(driver: Driver, run: Run) -> bool:
+    """Whether, without seeding anew, the same actions from a reset lead elsewhere: noise in the steps alone."""
+    outcomes = []
+    driver.set_seed(run.seed)
+    for _ in range(3):
+        data = driver.reset("to look for randomness")
+        if data is None:
+            return False
+        frames = []
+        for action in run.actions[:16]:
+            try:
+                out = driver.env.step(driver.put(data, dict(action)))
+            except Exception:
+                return False
+            frames.append({key: value.clone() for key, value in leaves(out.get("next")).items()})
+            if driver.ended(out.get("next")).any():
+                break
+            data = driver.env.step_mdp(out)
+        outcomes.append(frames)
+    return any(
+        first_difference(a, b) is not None
+        for other in outcomes[1:]
+        for a, b in zip(outcomes[0], other, strict=False)
+    )
+
+
+def check_repeatable(
+    driver: Driver, main: Run, factory: Callable[[], EnvBase] | None
+) -> None:
+    """Repeat a run from its seed and actions, after other runs have left the environment in another state."""
+    findings = driver.findings
+    if not driver.seedable:
+        findings.skip("repeatable", "set_seed raises")
+        return
+    if not main.frames:
+        findings.skip("repeatable", "no step could be taken")
+        return
+    again = _again(driver, main)
+    difference = compare(main, again) or _stopped_short(main, again)
+    if difference is None:
+        findings.reach("repeatable")
+        if factory is not None:
+            _check_fresh_instance(driver, main, factory)
+        return
+    if difference.step < 0 and findings.failed("reset_seed") and not _leaks(driver, main):
+        findings.skip("repeatable", "the same seed gives different starts (reset_seed)")
+        return
+    third = compare(again, _again(driver, main))
+    text = f"with seed {main.seed} and the same actions, {difference} from the run before"
+    if difference.only_done or third is None or _leaks(driver, main):
+        findings.fail("fresh_episode", f"{text}: it depends on the episode that came before", "rerun")
+        findings.withdraw("reset_seed", "start")
+        findings.skip("repeatable", "an old episode leaks into the next one (fresh_episode)")
+    else:
+        findings.fail("repeatable", text, "rerun")
+
+
+def _again(driver: Driver, main: Run) -> Run:
+    return driver.run(main.seed, len(main.frames), driver.replay(main.actions), check=False)
+
+
+def _stopped_short(main: Run, again: Run) -> Difference | None:
+    """A repetition that crashed where the first run did not; after a crash an environment may be in any state."""
+    if main.crashed:
+        return None
+    if again.crashed and len(again.frames) < len(main.frames):
+        return Difference(len(again.frames), "a crash", False)
+    return None
+
+
+def _check_fresh_instance(driver: Driver, main: Run, factory: Callable[[], EnvBase]) -> None:
+    """A second instance must repeat the run too; building it draws the same random numbers every time."""
+    outcomes = []
+    for _ in range(2):
+        seed_globals(0)
+        other = Driver(factory(), Findings(), main.seed)
+        outcomes.append(other.run(main.seed, min(len(main.frames), 200), other.replay(main.actions), check=False))
+        other.env.close(raise_if_closed=False)
+    difference = compare(outcomes[0], outcomes[1])
+    if difference is not None:
+        text = f"{difference} between two new instances with seed {main.seed} and the same actions"
+        driver.findings.fail("repeatable", text, "instance")
+
+
+def _leaks(driver: Driver, main: Run) -> bool:
+    """Whether a run depends on what happened in the episode before it, rather than on an unseeded generator.
+
+    Two copies of the environment take the same number of steps, with different actions, before the run. A generator
+    that the seed does not reach has advanced alike in both; what an episode leaves behind has not.
+    """
+    outcomes = []
+    for actions in (main.actions[:6], main.actions[:6], main.actions[6:12]):
+        try:
+            twin = Driver(copy.deepcopy(driver.env), Findings(), main.seed)
+        except Exception:
+            return False
+        twin.run(main.seed, len(actions), twin.replay(actions), check=False)
+        outcomes.append(twin.run(main.seed, min(64, len(main.frames)), twin.replay(main.actions), check=False))
+    return compare(outcomes[0], outcomes[1]) is None and compare(outcomes[0], outcomes[2]) is not None
+
+
+def check_fresh_episode(driver: Driver, starts: list[list[Leaves]], runs: list[Run]) -> None:
+    """Compare the starts of episodes that follow a finished one with those of untouched resets."""
+    findings, env = driver.findings, driver.env
+    if len(env.reset_keys) != 1:
+        findings.skip("fresh_episode", "the environment has several reset keys; only whole runs were compared")
+    ends = [(frame, rows) for run in runs for frame in run.frames if (rows := frame.ended).any()]
+    if not ends or len(env.reset_keys) != 1:
+        findings.skip("fresh_episode", f"no episode ended within {driver.steps} steps")
+        return
+    findings.reach("fresh_episode")
+    flat = [start for sequence in starts for start in sequence]
+    for key in [*driver.layout.observation, *driver.layout.state]:
+        untouched = [start[key] for start in flat if torch.is_tensor(start.get(key))]
+        if len(untouched) == len(flat):
+            _check_start(driver, key, torch.stack(untouched), ends)
+    lengths = _lengths(runs)
+    later = [length for lengths_of_run in lengths for length in lengths_of_run[1:]]
+    if len(later) >= 4 and max(later) == 1 and all(first[0] > 3 for first in lengths if first):
+        findings.fail("fresh_episode", "every episode but the first after set_seed ends at its first step", "length")
+
+
+def _check_start(driver: Driver, key: Key, untouched: torch.Tensor, ends: list) -> None:
+    """What is the same at all untouched starts, ``[S, *shape]``, must be so too after an episode has ended."""
+    rows_shape = driver.env.batch_size
+    after, before = [], []
+    constant = (untouched == untouched[0]).all(0)
+    expected = untouched[0]
+    wrong = []
+    for frame, rows in ends:
+        if key not in frame.root or key not in frame.next:
+            return
+        new, old = frame.root[key], frame.next[key]
+        if new.shape != expected.shape or old.shape != expected.shape:
+            return
+        broken = ((new != expected) & constant).reshape(*rows_shape, -1).any(-1).cpu()
+        wrong += broken[rows].tolist()
+        after.append(new.reshape(*rows_shape, -1)[rows])
+        before.append(old.reshape(*rows_shape, -1)[rows])
+    new, old = torch.cat([a.reshape(-1, a.shape[-1]) for a in after]), torch.cat([b.reshape(-1, b.shape[-1]) for b in before])
+    counts_episodes = not new.is_floating_point() and new.shape[-1] == 1 and bool((new.diff(dim=0) >= 0).all())
+    if sum(wrong) * 2 >= len(wrong) and wrong and not (counts_episodes and not same(new, old) and _is_counter(new)):
+        at = wrong.index(True)
+        message = f"{show(key)} starts at {new[at].tolist()} after a finished episode (its last value: {old[at].tolist()})"
+        driver.findings.fail("fresh_episode", f"{message}; an untouched reset gives {_text(expected)}", key)
+    elif len(new) >= 2 and new.is_floating_point() and same(new, old) and not constant.all() and (old != old[0]).any():
+        message = f"{show(key)} starts every episode at the last value of the one before, {new[0].tolist()}"
+        driver.findings.fail("fresh_episode", message, key)
+
+
+def _is_counter(values: torch.Tensor) -> bool:
+    """Whether values only ever grow by 0 or 1, as an episode number does."""
+    steps = values.flatten().diff()
+    return bool(((steps == 0) | (steps == 1)).all()) and int(values.flatten()[0]) in (0, 1)
+
+
+def _lengths(runs: list[Run]) -> list[list[int]]:
+    """The lengths of the complete episodes of each run's first environment."""
+    lengths = []
+    for run in runs:
+        ends = [step for step, frame in enumerate(run.frames) if bool(frame.ended.flatten()[0])]
+        lengths.append([end - start for start, end in zip([-1, *ends], ends, strict=False)])
+    return [found for found in lengths if found]
+
+
+def _starts(driver: Driver, seed: int) -> list[Leaves] | None:
+    """Successive starts from one seed; fails ``aliasing`` if a later reset changes an earlier one."""
+    driver.set_seed(seed)
+    live, copies = [], []
+    for number in range(RESETS):
+        data = driver.reset(f"number {number + 1} after set_seed({seed})")
+        if data is None:
+            return None
+        live.append(leaves(data))
+        copies.append({key: v.detach().clone() if torch.is_tensor(v) else v for key, v in live[-1].items()})
+    for now, then in zip(live, copies, strict=True):
+        key = first_difference(now, then)
+        if key is not None:
+            message = f"{show(key)}, returned by reset(), was changed by a later reset"
+            driver.findings.fail("aliasing", message, ("root", key))
+    return copies
+
+
+def _distinct(sequence: list[Leaves]) -> int:
+    """How many of these starts differ from all the earlier ones."""
+    found: list[Leaves] = []
+    for start in sequence:
+        if all(first_difference(start, other) is not None for other in found):
+            found.append(start)
+    return len(found)
+
+
+def _is_done(key: Key) -> bool:
+    return (key if isinstance(key, str) else key[-1]) in ("done", "terminated", "truncated")
+
+
+def _text(value: torch.Tensor) -> str:
+    text = str(value.tolist())
+    return text if len(text) <= 80 else text[:77] + "..."
+

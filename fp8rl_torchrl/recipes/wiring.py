@@ -1,0 +1,122 @@
+"""What every recipe's configuration shares: the task, the precision, the device, and how it is named and saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from typing import Any, TypeVar
+
+import torch
+from torchrl.envs import EnvBase
+
+from fp8rl_torchrl.envs.gym import make
+from fp8rl_torchrl.precision.mode import Precision
+from fp8rl_torchrl.training.loop import LoopConfig
+from fp8rl_torchrl.training.run import RunSchedule
+
+Config = TypeVar("Config", bound="RecipeConfig")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeConfig(LoopConfig, RunSchedule):
+    """The options that all recipes have in common.
+
+    Raises:
+        ValueError: If an option is out of range or names something that does not exist.
+    """
+
+    env: str = "CustomEnv"
+    """The task: "CustomEnv", or any Gymnasium id."""
+    precision: str = "bf16"
+    """What the loss computes in: fp32, tf32, bf16 or fp16. The policy collects in fp32."""
+    init_scale: float = 2.0**16
+    """First loss scale of fp16."""
+    growth_interval: int = 2000
+    """The loss scale of fp16 doubles after this many updates without an overflow."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """Where to run: cpu, cuda, cuda:1, ...; auto takes cuda if there is one."""
+    num_envs: int = 64
+    """Environments stepped side by side."""
+    frames_per_collection: int = 1024
+    """Environment steps between two phases of updates, over all environments."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the layers of each network."""
+    lr: float = 1e-3
+    """Learning rate at the start."""
+    gamma: float = 0.99
+    """Discount."""
+    max_grad_norm: float = 0.5
+    """Gradients are clipped to this 2-norm."""
+    report_every: int = 100
+    """Print the average return after this many episodes."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run, before anything is built."""
+        LoopConfig.__post_init__(self)
+        RunSchedule.__post_init__(self)
+        self.make_precision()
+        for name in ("num_envs", "frames_per_collection", "report_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
+        if self.frames_per_collection % self.num_envs:
+            raise ValueError(
+                f"frames_per_collection must be a multiple of num_envs; got {self.frames_per_collection} and "
+                f"{self.num_envs}"
+            )
+        if not self.hidden or min(self.hidden) < 1:
+            raise ValueError(f"hidden must name at least one layer, each at least 1 wide; got {self.hidden}")
+        for name in ("lr", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0; got {getattr(self, name)}")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma must lie in [0, 1]; got {self.gamma}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2^32); got {self.seed}")
+
+    def resolved(self: Config) -> Config:
+        """The same configuration with every ``auto`` replaced by what it stands for on this machine.
+
+        Raises:
+            ValueError: If the device does not exist.
+        """
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {self.device!r} cannot be used here: {reason}") from None
+        return dataclasses.replace(self, device=name)
+
+    def make_precision(self) -> Precision:
+        """The precision by its name, with this configuration's loss scaling."""
+        return Precision(self.precision, init_scale=self.init_scale, growth_interval=self.growth_interval)
+
+    def make_env(self) -> EnvBase:
+        """The training environment."""
+        return make(self.env, num_envs=self.num_envs, device=self.device, seed=self.seed)
+
+    def default_run_dir(self) -> str:
+        """``runs/<algo>-<env>-<precision>-s<seed>-<time>``."""
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        algo: str = getattr(self, "algo", type(self).__name__)
+        return f"runs/{algo}-{self.env.replace('/', '-')}-{self.precision}-s{self.seed}-{now}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON-compatible values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[Config], options: dict[str, Any]) -> Config:
+        """The configuration that `to_dict` described.
+
+        Raises:
+            ValueError: If an option is unknown.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(options) - known):
+            raise ValueError(f"unknown options {', '.join(unknown)}; this version knows {', '.join(sorted(known))}")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})

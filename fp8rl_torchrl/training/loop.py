@@ -1,0 +1,183 @@
+"""`Pipeline`: collect, store, update, report."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import nn
+from torchrl.collectors import BaseCollector
+from torchrl.data import TensorDictReplayBuffer
+from torchrl.envs import EnvBase
+from torchrl.objectives import LossModule
+
+from fp8rl_torchrl.training.step import OptimStep
+
+RECENT_EPISODES = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long to train, and how collecting and updating alternate.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    episodes: int = 2000
+    """Train until this many episodes have ended. Not used if total_frames is given."""
+    total_frames: int | None = None
+    """Train for this many environment steps instead."""
+    updates_per_collection: int = 32
+    """Optimizer steps after each collection."""
+    min_replay: int = 1000
+    """Learning starts when this many transitions are stored."""
+
+    def __post_init__(self) -> None:
+        """Refuse budgets that cannot be met."""
+        for name in ("episodes", "updates_per_collection", "min_replay"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
+        if self.total_frames is not None and self.total_frames < 1:
+            raise ValueError(f"total_frames must be >= 1; got {self.total_frames}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one collection and the updates after it did; numbers on the host."""
+
+    frames: int
+    """Environment steps since the start of training."""
+    episodes: int
+    """Episodes that have ended since the start."""
+    updates: int
+    """Optimizer steps applied since the start; skipped ones do not count."""
+    seconds: float
+    """Time spent training since the start, in s."""
+    episode_returns: tuple[float, ...]
+    """Returns of the episodes that ended in this collection."""
+    episode_return: float
+    """Mean return of the last 100 episodes; NaN before the first ends."""
+    episode_length: float
+    """Mean length of the last 100 episodes, in steps; NaN before the first ends."""
+    metrics: Mapping[str, float]
+    """Means over the applied updates of what the loss and the step returned; empty before learning starts."""
+    skipped_steps: int
+    """Optimizer steps skipped for a non-finite loss or gradient since the start."""
+
+
+class Pipeline:
+    """The parts of a training run; iterating it trains and yields one `Report` per collection.
+
+    Args:
+        env: The environment that the collector steps.
+        agent: The networks, shared by the collector's policy and the loss.
+        collector: Yields TensorDicts ``[N, T]`` of experience without end; iterating it advances ``env``.
+        replay: Stores what the loss reads (its ``in_keys``) and draws the batches.
+        loss: Computes the losses of a batch.
+        step: Performs one update.
+        config: Budget and pace: a `LoopConfig`, or a recipe's config.
+
+    Attributes:
+        frames: Environment steps so far.
+        episodes: Episodes ended so far.
+        seconds: Time spent training so far, in s.
+    """
+
+    def __init__(
+        self,
+        env: EnvBase,
+        agent: nn.Module,
+        collector: BaseCollector,
+        replay: TensorDictReplayBuffer,
+        loss: LossModule,
+        step: OptimStep,
+        config: LoopConfig,
+    ) -> None:
+        self.env, self.agent, self.collector, self.replay = env, agent, collector, replay
+        self.loss, self.step, self.config = loss, step, config
+        self.frames = 0
+        self.episodes = 0
+        self.seconds = 0.0
+        self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT_EPISODES)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is spent."""
+        if self.config.total_frames is not None:
+            return self.frames >= self.config.total_frames
+        return self.episodes >= self.config.episodes
+
+    def __iter__(self) -> Iterator[Report]:
+        """Train until the budget is spent; leaving early and iterating again goes on where it stopped."""
+        experience = iter(self.collector)
+        while not self.finished:
+            started = time.perf_counter()
+            rollout = next(experience)
+            self.replay.extend(rollout.select(*self.loss.in_keys).reshape(-1))
+            updates = []
+            if len(self.replay) >= self.config.min_replay:
+                updates = [self.step(self.replay.sample()) for _ in range(self.config.updates_per_collection)]
+            self.frames += rollout.numel()
+            returns = self._note_episodes(rollout)
+            metrics = _mean_over_applied(updates)
+            self.seconds += time.perf_counter() - started
+            yield self._report(returns, metrics)
+
+    def _note_episodes(self, rollout: TensorDictBase) -> tuple[float, ...]:
+        following = rollout.get("next")
+        ended = following.get("done").squeeze(-1)
+        returns = following.get("episode_reward")[ended].flatten().tolist()
+        lengths = following.get("step_count")[ended].flatten().tolist()
+        self.episodes += len(returns)
+        self._recent.extend(zip(returns, lengths, strict=True))
+        return tuple(returns)
+
+    def _report(self, returns: tuple[float, ...], metrics: dict[str, float]) -> Report:
+        count = len(self._recent)
+        return Report(
+            frames=self.frames,
+            episodes=self.episodes,
+            updates=int(self.step.updates),
+            seconds=self.seconds,
+            episode_returns=returns,
+            episode_return=sum(r for r, _ in self._recent) / count if count else float("nan"),
+            episode_length=sum(n for _, n in self._recent) / count if count else float("nan"),
+            metrics=metrics,
+            skipped_steps=int(self.step.skipped_steps),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loop's own counters; the parts save themselves (see `training.checkpoint`)."""
+        return {
+            "frames": self.frames,
+            "episodes": self.episodes,
+            "seconds": self.seconds,
+            "recent": torch.tensor(list(self._recent), dtype=torch.float64).reshape(-1, 2),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.frames, self.episodes = state_dict["frames"], state_dict["episodes"]
+        self.seconds = state_dict["seconds"]
+        self._recent = deque(map(tuple, state_dict["recent"].tolist()), maxlen=RECENT_EPISODES)
+
+
+def _mean_over_applied(updates: list[TensorDict]) -> dict[str, float]:
+    """Average each metric over the updates that were applied, reading the device once."""
+    updates = [update for update in updates if any(key.startswith("skipped") for key in update.keys())]
+    if not updates:  # learning has not started, or every call only accumulated gradients
+        return {}
+    names = sorted(updates[-1].keys())
+    table = torch.stack([torch.stack([update[name].float() for name in names]) for update in updates])
+    skipped = [place for place, name in enumerate(names) if name.startswith("skipped")]
+    applied = table[:, skipped].sum(-1) == 0
+    kept = table.where(applied.unsqueeze(-1), table.new_tensor(float("nan")))
+    means = kept.nanmean(0)
+    means[skipped] = table[:, skipped].mean(0)
+    return dict(zip(names, means.tolist(), strict=True))

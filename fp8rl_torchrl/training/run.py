@@ -1,0 +1,167 @@
+"""A training run in its folder: reports, evaluations, checkpoints, and an orderly stop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from fp8rl_torchrl.training.checkpoint import PipelineCheckpoints
+from fp8rl_torchrl.training.evaluate import EvalResult, evaluate
+from fp8rl_torchrl.training.loop import Pipeline, Report
+from fp8rl_torchrl.training.metrics import Loggers, MetricsFile, plot_learning_curve, report_row
+from fp8rl_torchrl.training.run_folder import RunFolder, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSchedule:
+    """How often a run is evaluated and saved.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    eval_every: int = 40_000
+    """Evaluate after this many environment steps; 0 evaluates at the end only."""
+    eval_episodes: int = 20
+    """Episodes of each evaluation during training."""
+    final_eval_episodes: int = 100
+    """Episodes of the evaluation at the end."""
+    checkpoint_every: int = 2000
+    """Save after this many updates, between two collections."""
+
+    def __post_init__(self) -> None:
+        """Refuse schedules that cannot be kept."""
+        if self.eval_every < 0:
+            raise ValueError(f"eval_every must be >= 0; got {self.eval_every}")
+        for name in ("eval_episodes", "final_eval_episodes", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
+
+
+class Run:
+    """Trains a pipeline in a run folder until its budget is spent or a signal stops it.
+
+    Args:
+        pipeline: The pipeline to train.
+        checkpoints: Saves the pipeline.
+        folder: An existing run folder.
+        loggers: Where each report goes besides ``metrics.csv``.
+        schedule: How often to evaluate and to save.
+        title: What runs, for the picture.
+        on_report: Called with each `Report`, for progress bars and tables.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        checkpoints: PipelineCheckpoints,
+        folder: RunFolder,
+        loggers: Loggers,
+        schedule: RunSchedule,
+        title: str,
+        on_report: Callable[[Report], None] = lambda report: None,
+    ) -> None:
+        self.pipeline, self.checkpoints, self.folder = pipeline, checkpoints, folder
+        self.loggers, self.schedule, self.title, self.on_report = loggers, schedule, title, on_report
+        self.metrics = MetricsFile(folder.metrics)
+
+    def resume(self) -> None:
+        """Go back to the newest checkpoint, and cut ``metrics.csv`` back to it.
+
+        Raises:
+            CheckpointError: If there is none, or it does not fit the pipeline.
+        """
+        self.checkpoints.load_latest()
+        self.metrics.cut_back(self.pipeline.frames)
+
+    def train(self) -> str:
+        """Train, and write the picture of the learning curve.
+
+        Returns:
+            Why it stopped: ``"episodes"`` or ``"total_frames"`` (the budget is spent), or ``"signal"`` after SIGINT or
+            SIGTERM, with a checkpoint saved.
+        """
+        pipeline, schedule = self.pipeline, self.schedule
+        if not pipeline.frames:
+            self.checkpoints.save(0)
+        saved_at = int(pipeline.step.updates)
+        evaluated_at = pipeline.frames
+        with _signals_noted() as stop:
+            for report in pipeline:
+                eval_return = math.nan
+                if schedule.eval_every and report.frames // schedule.eval_every > evaluated_at // schedule.eval_every:
+                    evaluated_at = report.frames
+                    eval_return = self.evaluate(schedule.eval_episodes).mean
+                row = report_row(report, eval_return)
+                self.metrics.append(row)
+                self.loggers.log(row)
+                self.on_report(report)
+                if pipeline.finished or stop or report.updates - saved_at >= schedule.checkpoint_every:
+                    self.checkpoints.save(report.frames)
+                    saved_at = report.updates
+                if stop:
+                    break
+        self.loggers.close()
+        plot_learning_curve(self.metrics.rows, self.title, self.folder.curve)
+        if stop:
+            return "signal"
+        return "episodes" if pipeline.config.total_frames is None else "total_frames"
+
+    def evaluate(self, episodes: int) -> EvalResult:
+        """Evaluate the current policy, deterministically, on fresh episodes."""
+        policy: Any = self.pipeline.agent.policy
+        return evaluate(policy, self.pipeline.env, episodes)
+
+    def summarize(self, stopped_by: str) -> dict[str, Any]:
+        """Evaluate the final policy and write ``summary.json``.
+
+        Args:
+            stopped_by: What `train` returned.
+
+        Returns:
+            The summary.
+        """
+        result, pipeline = self.evaluate(self.schedule.final_eval_episodes), self.pipeline
+        summary = {
+            "eval_return_mean": result.mean,
+            "eval_return_std": result.std,
+            "eval_episodes": len(result.returns),
+            "frames": pipeline.frames,
+            "episodes": pipeline.episodes,
+            "updates": int(pipeline.step.updates),
+            "train_seconds": pipeline.seconds,
+            "frames_per_second": pipeline.frames / max(pipeline.seconds, 1e-9),
+            "skipped_steps": int(pipeline.step.skipped_steps),
+            "stopped_by": stopped_by,
+        }
+        write_json(self.folder.summary, summary)
+        return summary
+
+
+@contextlib.contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """Turn the first SIGINT or SIGTERM into an entry of a list; the second one interrupts at once."""
+    noted: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+    except ValueError:  # only the main thread may set handlers
+        yield noted
+        return
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
