@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fp8rl_torchrl import envs as envs  # registers the environment with Gymnasium
 from fp8rl_torchrl._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fp8rl_torchrl import data, envs, models, objectives, precision, recipes, training
+    from fp8rl_torchrl import data, models, objectives, precision, recipes, training
     from fp8rl_torchrl.models.actor_critic import ActorCritic
     from fp8rl_torchrl.precision.mode import Precision
     from fp8rl_torchrl.training.evaluate import EvalResult, evaluate
@@ -44,7 +45,6 @@ __getattr__, __dir__ = lazy_names(
         "Pipeline": "training.loop",
         "Precision": "precision.mode",
         "data": "data",
-        "envs": "envs",
         "evaluate": "training.evaluate",
         "models": "models",
         "objectives": "objectives",

@@ -6,12 +6,32 @@ Experience is collected by `torchrl.collectors.Collector` with its direct backen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
+
+
+def make_collector(
+    env: EnvBase, policy: Callable[[TensorDictBase], TensorDictBase], frames_per_batch: int
+) -> Collector:
+    """TorchRL's collector on one environment in this process, without an end.
+
+    Args:
+        env: The environment to step; batched environments are stepped side by side.
+        policy: Writes ``action``; it samples, since the collector explores.
+        frames_per_batch: Environment steps in each TensorDict ``[N, T]``, over all environments.
+    """
+    return Collector(
+        env,
+        policy,
+        frames_per_batch=frames_per_batch,
+        total_frames=-1,
+        # The policies here are not recurrent, so they need no transform that marks the start of an episode.
+        auto_register_policy_transforms=False,
+    )
 
 
 def restores_exactly(env: EnvBase) -> bool:

@@ -99,9 +99,7 @@ class EnvConformanceError(AssertionError):
         super().__init__("\n".join(lines))
 
 
-def check_env(
-    env: EnvBase | Callable[[], EnvBase], *, seed: int = 0, max_steps: int = 1000
-) -> ConformanceReport:
+def check_env(env: EnvBase | Callable[[], EnvBase], *, seed: int = 0, max_steps: int = 1000) -> ConformanceReport:
     """Check an environment against its specs and against what collectors and training rely on.
 
     The environment is driven as a collector drives it, through the ends of episodes, with random actions and with its

@@ -10,10 +10,8 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from fp8rl_torchrl.envs.custom_constants import START_POSITION, START_VELOCITY, CustomConstants
 from fp8rl_torchrl.envs.noise import uniform
-
-START_POSITION = 0.5
-START_VELOCITY = 0.05
 
 
 class CustomState(NamedTuple):
@@ -33,59 +31,8 @@ class CustomState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CustomDynamics:
-    """The constants of `CustomEnv` and its two pure functions of tensors.
-
-    Raises:
-        ValueError: If a constant is outside the range in which the environment makes sense.
-    """
-
-    dt: float = 0.1
-    """Seconds per step."""
-    force: float = 1.0
-    """Magnitude of the push; action 0 pushes left, action 1 right."""
-    friction: float = 0.1
-    """Deceleration per unit of velocity."""
-    bound: float = 2.4
-    """The episode terminates once the position is farther than this from 0."""
-    target: float = 0.0
-    """Position of highest reward."""
-    survival_reward: float = 0.1
-    """Reward of every step, on top of the distance term."""
-    max_steps: int = 200
-    """The episode is truncated after this many steps."""
-
-    def __post_init__(self) -> None:
-        """Refuse constants that make no environment."""
-        requirements = {
-            "dt must be > 0": self.dt > 0,
-            "force must be > 0": self.force > 0,
-            "friction must be >= 0 and friction * dt at most 1": 0 <= self.friction * self.dt <= 1,
-            f"bound must be > {START_POSITION}, the farthest start": self.bound > START_POSITION,
-            "target must lie within the bound": abs(self.target) <= self.bound,
-            "max_steps must be an integer >= 1": isinstance(self.max_steps, int) and self.max_steps >= 1,
-        }
-        for requirement, met in requirements.items():
-            if not met:
-                raise ValueError(f"CustomEnv: {requirement}; got {self}")
-
-    @property
-    def max_velocity(self) -> float:
-        """The highest speed that an episode can reach, with room for float32 rounding."""
-        accelerated = START_VELOCITY + self.force * self.dt * self.max_steps
-        terminal = max(START_VELOCITY, self.force / self.friction) if self.friction > 0 else accelerated
-        return min(accelerated, terminal) * (1 + 1e-5)
-
-    @property
-    def max_position(self) -> float:
-        """The farthest position that an episode can reach: one step beyond the bound."""
-        return (self.bound + self.max_velocity * self.dt) * (1 + 1e-5)
-
-    @property
-    def reward_range(self) -> tuple[float, float]:
-        """The lowest and the highest reward of one step."""
-        lowest = self.survival_reward + 1 - (self.max_position + abs(self.target)) / self.bound
-        return lowest - 1e-5, self.survival_reward + 1 + 1e-5
+class CustomDynamics(CustomConstants):
+    """The constants of `CustomEnv` and its two pure functions of tensors."""
 
     def step(
         self, state: CustomState, action: torch.Tensor
@@ -162,7 +109,7 @@ class CustomEnv(EnvBase):
         num_envs: The number of environments ``N``; None gives a single one with an empty batch size.
         device: Where all tensors live.
         seed: Seed of the start states; None draws one from torch's global generator.
-        **constants: The fields of `CustomDynamics`: ``dt``, ``force``, ``friction``, ``bound``, ``target``,
+        **constants: The fields of `CustomConstants`: ``dt``, ``force``, ``friction``, ``bound``, ``target``,
             ``survival_reward``, ``max_steps``.
 
     Raises:

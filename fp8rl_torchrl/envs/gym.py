@@ -28,7 +28,7 @@ from fp8rl_torchrl.envs.custom import CustomEnv
 from fp8rl_torchrl.envs.gymnasium_env import ENV_ID, CustomGymnasiumVectorEnv, register
 
 _NATIVE: dict[str, Callable[..., EnvBase]] = {"CustomEnv": CustomEnv, ENV_ID: CustomEnv}
-# Vector environments that can be told to reset some of their environments and not others.
+# Vector environments that take a reset mask in every autoreset mode, and not only in the one that is made for it.
 _RESETTABLE = (SyncVectorEnv, AsyncVectorEnv, CustomGymnasiumVectorEnv)
 
 
@@ -72,7 +72,7 @@ def make(
     Raises:
         ValueError: If there is no such environment or device, a package that it needs is missing, ``num_envs`` or
             ``seed`` is out of range, or one of its spaces is not supported. Nothing has been stepped then.
-        TypeError: If ``id`` is none of the above.
+        TypeError: If ``id`` is none of the above, or the constructor does not take one of ``kwargs``.
 
     Example:
         >>> env = make("CartPole-v1", num_envs=4, seed=0)
@@ -188,7 +188,7 @@ class _ExplicitReset(VectorWrapper):
         others = mask & ~restarted
         if not others.any():
             return self._starts.copy(), {}
-        if not isinstance(self.unwrapped, _RESETTABLE):
+        if not _takes_reset_mask(self.env):
             raise RuntimeError(f"{self.env} cannot reset environments {np.flatnonzero(others).tolist()} in mid-episode")
         observation, info = super().reset(options={"reset_mask": others})
         if restarted.any():
@@ -218,7 +218,7 @@ def _build(id: str | EnvSpec, num_envs: int | None, kwargs: dict[str, Any]) -> g
         ) from error
     except (gymnasium.error.Error, ImportError) as error:
         entry_point = str(gymnasium.registry[name].entry_point) if name in gymnasium.registry else ""
-        advice = ' Run `pip install "fp8rl_torchrl[box2d]"`.' if ".box2d" in entry_point else ""
+        advice = '. In short: pip install "fp8rl_torchrl[box2d]"' if ".box2d" in entry_point else ""
         raise ValueError(f"the environment {name!r} cannot be made: {error}{advice}") from error
 
 
@@ -235,7 +235,7 @@ def _wrap_existing(
     if batched:
         _check_spaces(env.single_observation_space, env.single_action_space, str(env), adaptable=False)
         mode = env.metadata.get("autoreset_mode")
-        if mode != AutoresetMode.SAME_STEP and not isinstance(env.unwrapped, _RESETTABLE):
+        if mode != AutoresetMode.SAME_STEP and not _takes_reset_mask(env):
             raise ValueError(
                 f"{env} cannot be reset one environment at a time (autoreset_mode={mode}), so a step after a last "
                 "one would be a mere reset; pass its id and num_envs instead, or use the same-step mode"
@@ -250,6 +250,10 @@ def _wrap_existing(
     return wrapped
 
 
+def _takes_reset_mask(env: VectorEnv) -> bool:
+    return env.metadata.get("autoreset_mode") == AutoresetMode.DISABLED or isinstance(env.unwrapped, _RESETTABLE)
+
+
 def _refuse_rebuild(name: str, num_envs: int | None, seed: int | None) -> EnvBase:
     raise RuntimeError(
         f"no second environment can be built like {name}; pass make() the id of a registered one instead"
@@ -258,7 +262,7 @@ def _refuse_rebuild(name: str, num_envs: int | None, seed: int | None) -> EnvBas
 
 def _adapt(env: gymnasium.Env) -> gymnasium.Env:
     """Check the spaces of a single environment; make a discrete observation one-hot and let actions count from 0."""
-    _check_spaces(env.observation_space, env.action_space, str(env))
+    _check_spaces(env.observation_space, env.action_space, env.spec.id if env.spec else str(env))
     if isinstance(env.observation_space, spaces.Discrete) or env.observation_space.shape == ():
         env = FlattenObservation(env)
     action_space = env.action_space
@@ -272,7 +276,8 @@ def _check_spaces(observation: spaces.Space, action: spaces.Space, name: str, ad
     if not (isinstance(observation, spaces.Box) or (adaptable and isinstance(observation, spaces.Discrete))):
         raise ValueError(
             f"{name}: observations of the space {type(observation).__name__} are not supported, only Box and Discrete "
-            "(for an environment that exists already: Box); try gymnasium.wrappers.FlattenObservation on it"
+            "(of a vector environment that exists already: Box). If they make sense as one vector of numbers, pass "
+            "make(gymnasium.wrappers.FlattenObservation(gymnasium.make(...)))"
         )
     if isinstance(action, spaces.Box):
         supported = np.issubdtype(action.dtype, np.floating)
@@ -293,7 +298,7 @@ def _available(device: str | torch.device) -> torch.device:
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"there is no device {str(device)!r} here ({reason}); 'cpu' always works") from error
     return device

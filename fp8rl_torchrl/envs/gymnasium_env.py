@@ -64,6 +64,7 @@ class CustomGymnasiumEnv(gymnasium.Env):
     def __init__(self, render_mode: str | None = None, **constants: Any) -> None:
         self.render_mode = _checked_render_mode(render_mode)
         self.constants = CustomConstants(**constants)
+        self._physics = _Physics(self.constants)
         self.observation_space, self.action_space = _spaces(self.constants)
         self._state: np.ndarray | None = None
         self._step_count = 0
@@ -87,9 +88,9 @@ class CustomGymnasiumEnv(gymnasium.Env):
         """
         super().reset(seed=seed)
         given = _given_state(options, self.constants, (2,))
-        self._state = _start(self.np_random) if given is None else given
+        self._state = state = _start([self.np_random])[0] if given is None else given
         self._step_count, self._action, self._done = 0, _NO_ACTION, False
-        return self._state.copy(), {}
+        return state.copy(), {}
 
     def step(self, action: Any) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
         """Advance by one step of semi-implicit Euler.
@@ -109,7 +110,7 @@ class CustomGymnasiumEnv(gymnasium.Env):
         if not self.action_space.contains(action):
             raise InvalidAction(f"CustomEnv: the action must be the integer 0 (left) or 1 (right); got {action!r}")
         self._action = int(action)
-        self._state, reward, terminated = _advance(self.constants, self._state, self._action)
+        self._state, reward, terminated = self._physics.step(self._state, self._action)
         self._step_count += 1
         truncated = self._step_count >= self.constants.max_steps
         self._done = bool(terminated) or truncated
@@ -162,6 +163,7 @@ class CustomGymnasiumVectorEnv(VectorEnv):
         self.render_mode = _checked_render_mode(render_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.constants = CustomConstants(**constants)
+        self._physics = _Physics(self.constants)
         self.single_observation_space, self.single_action_space = _spaces(self.constants)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -243,7 +245,7 @@ class CustomGymnasiumVectorEnv(VectorEnv):
                 f"CustomEnv: actions must be {self.num_envs} integers, each 0 (left) or 1 (right); got {actions!r}"
             )
         self._actions = actions.copy()
-        self._state, reward, terminated = _advance(self.constants, self._state, actions)
+        self._state, reward, terminated = self._physics.step(self._state, actions)
         self._step_count += 1
         truncated = self._step_count >= self._step_limit
         info: dict[str, Any] = {}
@@ -280,8 +282,10 @@ class CustomGymnasiumVectorEnv(VectorEnv):
     def _start_episodes(self, mask: np.ndarray, given: np.ndarray | None = None) -> None:
         """Write start states in place where ``mask`` (bool ``[N]``) is True."""
         assert self._state is not None
-        for index in np.flatnonzero(mask).tolist():
-            self._state[index] = _start(self._generator(index)[0]) if given is None else given[index]
+        if given is None:
+            self._state[mask] = _start([self._generator(index)[0] for index in np.flatnonzero(mask).tolist()])
+        else:
+            self._state[mask] = given[mask]
         self._step_count[mask], self._actions[mask] = 0, _NO_ACTION
         self._done = self._done & ~mask
 
@@ -300,32 +304,41 @@ def _spaces(constants: CustomConstants) -> tuple[Box, Discrete]:
     return Box(-high, high, dtype=np.float32), Discrete(2)
 
 
-def _advance(constants: CustomConstants, state: np.ndarray, action: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One step of semi-implicit Euler: velocity first, then position from the new velocity.
+class _Physics:
+    """The dynamics, in float32.
 
-    Every constant is made float32 first: numpy 1 would otherwise compute with single numbers in float64.
-
-    Args:
-        constants: The constants of the environment.
-        state: float32 ``[..., 2]``, position and velocity.
-        action: Integer(s) ``[...]``, 0 or 1.
-
-    Returns:
-        The next state (float32 ``[..., 2]``), the reward (float32 ``[...]``) and ``terminated`` (bool ``[...]``).
+    Every constant is made float32 once: numpy 1 would otherwise compute with single numbers in float64.
     """
-    one, dt, force, friction = map(np.float32, (1, constants.dt, constants.force, constants.friction))
-    bound, target, survival = map(np.float32, (constants.bound, constants.target, constants.survival_reward))
-    position, velocity = state[..., 0], state[..., 1]
-    push = np.where(np.equal(action, 1), force, -force)
-    velocity = velocity + (push - friction * velocity) * dt
-    position = position + velocity * dt
-    reward = survival + (one - np.abs(position - target) / bound)
-    return np.stack((position, velocity), axis=-1), reward, np.abs(position) > bound
+
+    def __init__(self, constants: CustomConstants) -> None:
+        self.pushes = np.array([-constants.force, constants.force], dtype=np.float32)
+        self.one, self.dt, self.friction = np.float32(1), np.float32(constants.dt), np.float32(constants.friction)
+        self.bound, self.target = np.float32(constants.bound), np.float32(constants.target)
+        self.survival_reward = np.float32(constants.survival_reward)
+
+    def step(self, state: np.ndarray, action: Any) -> tuple[np.ndarray, Any, Any]:
+        """One step of semi-implicit Euler: velocity first, then position from the new velocity.
+
+        Args:
+            state: float32 ``[..., 2]``, position and velocity.
+            action: Integer(s) ``[...]``, 0 or 1.
+
+        Returns:
+            The next state (float32 ``[..., 2]``), the reward (float32 ``[...]``) and ``terminated`` (bool ``[...]``).
+        """
+        position, velocity = state[..., 0], state[..., 1]
+        velocity = velocity + (self.pushes[action] - self.friction * velocity) * self.dt
+        position = position + velocity * self.dt
+        next_state = np.empty_like(state)
+        next_state[..., 0], next_state[..., 1] = position, velocity
+        reward = self.survival_reward + (self.one - np.abs(position - self.target) / self.bound)
+        return next_state, reward, np.abs(position) > self.bound
 
 
-def _start(generator: np.random.Generator) -> np.ndarray:
-    """A start state, float32 ``[2]``."""
-    return (generator.uniform(-1.0, 1.0, size=2) * (START_POSITION, START_VELOCITY)).astype(np.float32)
+def _start(generators: list[np.random.Generator]) -> np.ndarray:
+    """A start state from each generator, float32 ``[n, 2]``: uniform around 0."""
+    noise = 2 * np.array([generator.random(2) for generator in generators]) - 1
+    return (noise * (START_POSITION, START_VELOCITY)).astype(np.float32)
 
 
 def _given_state(

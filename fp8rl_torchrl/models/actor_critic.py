@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -51,6 +52,7 @@ class ActorCritic(nn.Module):
 
     policy: ProbabilisticActor
     value: TensorDictModule
+    _parts: tuple[TensorDictModule, TensorDictModule, TensorDictModule, TensorDictModule]
 
     def __init__(
         self,
@@ -81,20 +83,18 @@ class ActorCritic(nn.Module):
             )
 
         if critic_encoder is None:
-            self.joint = ActorValueOperator(actor_encoder, actor(actor_head), ValueOperator(critic_head, ["_hidden"]))
+            critic, critic_head = actor_encoder, ValueOperator(critic_head, ["_hidden"])
+            self.joint = ActorValueOperator(actor_encoder, actor(actor_head), critic_head)
         else:
             critic = TensorDictModule(critic_encoder, [observation_key], ["_critic_hidden"])
-            value = TensorDictSequential(critic, ValueOperator(critic_head, ["_critic_hidden"]))
-            self.joint = ActorCriticWrapper(actor(actor_encoder, actor_head), value)
-        policy, value = self.joint.get_policy_operator(), self.joint.get_value_operator()
-        critic_part = self.joint[-1] if self.shared else value
+            critic_head = ValueOperator(critic_head, ["_critic_hidden"])
+            self.joint = ActorCriticWrapper(actor(actor_encoder, actor_head), TensorDictSequential(critic, critic_head))
         # Views of the same modules: kept out of the module tree, in which every parameter has one name.
-        self.__dict__.update(
-            policy=policy,
-            value=value,
-            _heads=TensorDictSequential(actor_encoder, actor_head, critic_part),
-            _distribution=policy[-1],
-        )
+        self.__dict__.update(policy=self.joint.get_policy_operator(), value=self.joint.get_value_operator())
+        self.__dict__["_parts"] = (actor_encoder, actor_head, critic, critic_head)
+        self._observation_key = observation_key
+        self._make_distribution = functools.partial(distribution, **options)
+        self._parameter_names = parameters
 
     @classmethod
     def for_env(
@@ -143,8 +143,29 @@ class ActorCritic(nn.Module):
         Returns:
             The distribution of batch shape ``[...]`` and the value, float32 ``[..., 1]``.
         """
-        outputs = self._heads(tensordict.select(*self._heads.in_keys))
-        return self._distribution.get_dist(outputs), outputs.get("state_value")
+        observation = tensordict.get(self._observation_key)
+        # The layers are called directly: a TensorDictModule costs more than a small layer does.
+        encoder, head, _, _ = self._parts
+        features = encoder.module(observation)
+        parameters = head.module(features)
+        parameters = parameters if isinstance(parameters, tuple) else (parameters,)
+        distribution = self._make_distribution(**dict(zip(self._parameter_names, parameters, strict=True)))
+        return distribution, self.state_value(tensordict, features if self.shared else None)
+
+    def state_value(self, tensordict: TensorDictBase, features: torch.Tensor | None = None) -> torch.Tensor:
+        """The state value alone.
+
+        Args:
+            tensordict: Holds the observation ``[..., obs]``; it is not changed.
+            features: The critic's features, where they are known already.
+
+        Returns:
+            float32 ``[..., 1]``.
+        """
+        _, _, encoder, head = self._parts
+        if features is None:
+            features = encoder.module(tensordict.get(self._observation_key))
+        return head.module(features)
 
 
 def _observation(env: EnvBase, encoder: nn.Module | None) -> tuple[str, TensorSpec]:
@@ -160,7 +181,8 @@ def _observation(env: EnvBase, encoder: nn.Module | None) -> tuple[str, TensorSp
     if encoder is None:
         if len(spec.shape) != 1:
             raise ValueError(
-                f"{key!r} has shape {tuple(spec.shape)}: pass encoder=, a module that maps it to a feature vector"
+                f"{key!r} has shape {tuple(spec.shape)}, not that of a vector: for pixels (and other arrays) pass "
+                "encoder=, a module that maps a batch of them to feature vectors"
             )
         if not spec.dtype.is_floating_point:
             raise ValueError(

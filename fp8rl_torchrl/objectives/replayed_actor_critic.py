@@ -15,9 +15,14 @@ class JointModel(Protocol):
     """What the loss needs of a model; `fp8rl_torchrl.ActorCritic` offers it."""
 
     value: TensorDictModuleBase
+    """Its ``in_keys`` are what the model observes."""
 
     def distribution_and_value(self, tensordict: TensorDictBase) -> tuple[Distribution, torch.Tensor]:
-        """The action distribution ``[...]`` and the state value ``[..., 1]`` at the root of a TensorDict."""
+        """The action distribution ``[...]`` and the state value ``[..., 1]`` of the observation in a TensorDict."""
+        ...
+
+    def state_value(self, tensordict: TensorDictBase) -> torch.Tensor:
+        """The state value ``[..., 1]`` alone."""
         ...
 
 
@@ -48,7 +53,7 @@ class ReplayedActorCriticLoss(LossModule):
     The ratio, :math:`\delta` and the losses are float32, whatever precision the networks ran in.
 
     Args:
-        actor_critic: A model with ``distribution_and_value`` and ``value``, such as `fp8rl_torchrl.ActorCritic`.
+        actor_critic: A model as `JointModel` describes it, such as `fp8rl_torchrl.ActorCritic`.
         gamma: Discount, in ``[0, 1]``.
         max_weight: :math:`\bar\rho`; ``float("inf")`` never truncates.
         critic_coeff: :math:`c_V`.
@@ -105,7 +110,7 @@ class ReplayedActorCriticLoss(LossModule):
         """
         following = tensordict.get("next")
         with torch.no_grad():
-            next_value = self.actor_critic.value(following.copy()).get("state_value").float()
+            next_value = self.actor_critic.state_value(following).float()
             going_on = ~following.get("terminated")
             target = following.get("reward").float() + self.gamma * going_on * next_value
         distribution, value = self.actor_critic.distribution_and_value(tensordict)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torchrl.collectors import Collector
 
+from fp8rl_torchrl.data.collect import make_collector
 from fp8rl_torchrl.data.replay import replay_buffer
 from fp8rl_torchrl.models.actor_critic import ActorCritic
 from fp8rl_torchrl.objectives.replayed_actor_critic import ReplayedActorCriticLoss
-from fp8rl_torchrl.recipes.wiring import RecipeConfig
+from fp8rl_torchrl.recipes.wiring import RecipeConfig, seed_everything
 from fp8rl_torchrl.training.loop import Pipeline
 from fp8rl_torchrl.training.step import OptimStep
 
@@ -72,10 +72,10 @@ def build_actor_critic(config: ActorCriticConfig) -> Pipeline:
         The pipeline, not yet started.
     """
     config = config.resolved()
-    torch.manual_seed(config.seed)
+    seed_everything(config.seed)
     env = config.make_env()
     agent = ActorCritic.for_env(env, config.hidden, config.shared)
-    collector = Collector(env, agent.policy, frames_per_batch=config.frames_per_collection, total_frames=-1)
+    collector = make_collector(env, agent.policy, config.frames_per_collection)
     replay = replay_buffer(config.replay_size, config.batch_size, config.device)
     loss = ReplayedActorCriticLoss(
         agent,

@@ -117,7 +117,8 @@ def _independent_copy(env: EnvBase | Callable[[], EnvBase], episodes: int, seed:
         built = env()
         built.set_seed(seed)
         return built
-    if hasattr(env, "fresh"):
+    # Asked of the class: a TransformedEnv hands the question on to the env inside, whose copy lacks the transforms.
+    if hasattr(type(env), "fresh"):
         return env.fresh(num_envs=min(episodes, MAX_PARALLEL), seed=seed)
     try:
         copied = copy.deepcopy(env)

@@ -98,7 +98,9 @@ class Loggers:
         ValueError: If W&B is asked for and not installed.
     """
 
-    def __init__(self, run_dir: Path, wandb_project: str | None = None, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, wandb_project: str | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
         from torchrl.record.loggers.tensorboard import TensorboardLogger
 
         self.loggers: list[Any] = [TensorboardLogger("tensorboard", log_dir=str(run_dir))]

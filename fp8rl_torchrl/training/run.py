@@ -87,9 +87,8 @@ class Run:
             SIGTERM, with a checkpoint saved.
         """
         pipeline, schedule = self.pipeline, self.schedule
-        if not pipeline.frames:
-            self.checkpoints.save(0)
-        saved_at = int(pipeline.step.updates)
+        # A new run is saved after its first collection: TorchRL cannot save a buffer that holds nothing yet.
+        saved_at = int(pipeline.step.updates) if pipeline.frames else -schedule.checkpoint_every
         evaluated_at = pipeline.frames
         with _signals_noted() as stop:
             for report in pipeline:

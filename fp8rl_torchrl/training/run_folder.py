@@ -80,7 +80,9 @@ def made_with() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     return {
         "versions": versions,
         "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "gpus": gpus, "system": platform.platform()},

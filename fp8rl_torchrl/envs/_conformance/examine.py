@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 from torchrl.data import TensorSpec
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase
 
 from fp8rl_torchrl.envs._conformance import episodes, isolation
-from fp8rl_torchrl.envs._conformance.driver import Driver, Run, describe
+from fp8rl_torchrl.envs._conformance.driver import Driver, Run, describe, origin
 from fp8rl_torchrl.envs._conformance.findings import CHECKS, Findings
 from fp8rl_torchrl.envs._conformance.layout import show
 from fp8rl_torchrl.envs._conformance.randomness import isolated
@@ -38,14 +38,14 @@ def examine(env: EnvBase, factory: Callable[[], EnvBase] | None, seed: int, max_
             for name in CHECKS:
                 findings.skip(name, "the specs are stacks of different shapes or keys, which cannot be checked")
             return findings, driver
-        _guarded(findings, "specs", lambda: check_specs(driver))
-        base, declared = _let_resets_be_done(env)
+        _guarded(findings, lambda: check_specs(driver))
+        undo = driver.let_resets_be_done()
         try:
             _examine(driver, factory, seed, max_steps)
         finally:
-            base._allow_done_after_reset = declared
+            undo()
         driver.set_seed(seed)
-        _guarded(findings, "no_crash", env.reset)
+        _guarded(findings, env.reset)
     return findings, driver
 
 
@@ -57,16 +57,20 @@ def _examine(driver: Driver, factory: Callable[[], EnvBase] | None, seed: int, m
     findings.reach("no_crash")
     runs = [main, driver.run(seed + 1, min(max_steps, 137), driver.sticky())]
     runs += _edge_runs(driver, seed + 2, min(max_steps, EDGE_STEPS))
-    starts = episodes.check_starts(driver, seed)
-    episodes.check_repeatable(driver, main, factory)
-    if starts is not None:
-        episodes.check_fresh_episode(driver, starts[0], runs)
-        episodes.check_seeds_differ(driver, *starts)
-    _guarded(findings, "no_crash", lambda: isolation.check_inputs(driver, seed))
-    _guarded(findings, "no_crash", lambda: isolation.check_actions(driver, seed))
-    _guarded(findings, "no_crash", lambda: isolation.check_partial_resets(driver, seed))
-    _guarded(findings, "no_crash", lambda: isolation.check_stateless(driver, seed))
-    _guarded(findings, "no_crash", lambda: isolation.check_instances(driver, seed, factory))
+
+    def compare_runs() -> None:
+        starts = episodes.check_starts(driver, seed)
+        episodes.check_repeatable(driver, main, factory)
+        if starts is not None:
+            episodes.check_fresh_episode(driver, starts[0], runs)
+            episodes.check_seeds_differ(driver, *starts)
+
+    _guarded(findings, compare_runs)
+    _guarded(findings, lambda: isolation.check_inputs(driver, seed))
+    _guarded(findings, lambda: isolation.check_actions(driver, seed))
+    _guarded(findings, lambda: isolation.check_partial_resets(driver, seed))
+    _guarded(findings, lambda: isolation.check_stateless(driver, seed))
+    _guarded(findings, lambda: isolation.check_instances(driver, seed, factory))
 
 
 def _edge_runs(driver: Driver, seed: int, steps: int) -> list[Run]:
@@ -116,7 +120,11 @@ def _check_sample(driver: Driver, name: str, spec: TensorSpec) -> None:
             return
     try:
         sample = spec.zero()
-        if min(spec.shape, default=0) >= 0 and torch.is_tensor(sample) and (sample.shape != spec.shape or sample.dtype != spec.dtype):
+        if (
+            min(spec.shape, default=0) >= 0
+            and torch.is_tensor(sample)
+            and (sample.shape != spec.shape or sample.dtype != spec.dtype)
+        ):
             driver.findings.fail("specs", f"{name} makes samples of another shape or dtype than it declares")
     except Exception as error:
         driver.findings.fail("specs", f"{name} cannot make a sample: {describe(error)}")
@@ -126,21 +134,10 @@ def _on(actual: torch.device, expected: torch.device) -> bool:
     return actual.type == expected.type and (None in (actual.index, expected.index) or actual.index == expected.index)
 
 
-def _let_resets_be_done(env: EnvBase) -> tuple[EnvBase, bool]:
-    """Keep TorchRL from raising at a reset that is done, so that the rollouts go on and the check can name it."""
-    base = env
-    while isinstance(base, TransformedEnv):
-        base = base.base_env
-    declared = bool(base._allow_done_after_reset)
-    if not declared:
-        base._allow_done_after_reset = True
-    return base, declared
-
-
-def _guarded(findings: Findings, check: str, action: Callable[[], object]) -> None:
-    """Run one group of checks; an exception that none of them caught becomes a finding of its own."""
+def _guarded(findings: Findings, checks: Callable[[], object]) -> None:
+    """Run a group of checks; one that stumbles over what another has already reported stays not reached."""
     try:
-        action()
+        checks()
     except Exception as error:
-        findings.fail(check, describe(error))
-
+        if not findings.count:
+            findings.fail("no_crash", f"{describe(error)}; {origin(error)}")

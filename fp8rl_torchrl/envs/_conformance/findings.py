@@ -101,4 +101,4 @@ class Findings:
         """Why the check was not reached, or None where it was."""
         if check in self._reached:
             return None
-        return self._not_reached.get(check, "the environment crashed before it")
+        return self._not_reached.get(check, "the failures of other checks came before it")

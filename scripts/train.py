@@ -1,0 +1,178 @@
+"""Train an agent. Without options: the actor-critic on CustomEnv in BF16, about half a minute on a CPU."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from fp8rl_torchrl.data import CollectorState, restores_exactly
+from fp8rl_torchrl.recipes import RECIPES, RecipeConfig, build
+from fp8rl_torchrl.training.checkpoint import PipelineCheckpoints
+from fp8rl_torchrl.training.loop import Report
+from fp8rl_torchrl.training.metrics import Loggers
+from fp8rl_torchrl.training.run import Run
+from fp8rl_torchrl.training.run_folder import RunFolder
+
+Config = TypeVar("Config", bound=RecipeConfig)
+
+EXTENDABLE = ("total_frames", "episodes")
+"""Options that a resumed run may change: they say when it ends, not how it learns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Generic[Config]):
+    """A recipe's options, and where the run goes."""
+
+    config: Config
+    run_dir: str | None = None
+    """The run folder; by default runs/<algo>-<env>-<precision>-s<seed>-<time>."""
+    resume: str | None = None
+    """Continue the run in this folder from its newest checkpoint."""
+    wandb: str | None = None
+    """Log to this Weights & Biases project, too."""
+
+
+class Progress:
+    """A progress bar, and a line of the average return every so many episodes."""
+
+    def __init__(self, config: RecipeConfig, first: Report | None = None) -> None:
+        self.config = config
+        self.by_frames = config.total_frames is not None
+        total, unit = (config.total_frames, "frame") if self.by_frames else (config.episodes, "episode")
+        self.bar = tqdm(total=total, unit=f" {unit}s", dynamic_ncols=True, unit_scale=self.by_frames)
+        self.printed = 0
+
+    def start_at(self, frames: int, episodes: int) -> None:
+        """Begin where a resumed run stands."""
+        self.bar.update(frames if self.by_frames else episodes)
+        self.printed = episodes // self.config.report_every
+        self.bar.write(
+            f"{'episodes':>9} {'frames':>10} {'return (last 100)':>18} {'length':>7} {'updates':>8} {'skipped':>8}"
+        )
+
+    def __call__(self, report: Report) -> None:
+        """Advance the bar."""
+        done = min(report.frames if self.by_frames else report.episodes, self.bar.total)
+        self.bar.update(done - self.bar.n)
+        self.bar.set_postfix_str(f"return {report.episode_return:.1f}", refresh=False)
+        if report.episodes // self.config.report_every > self.printed:
+            self.printed = report.episodes // self.config.report_every
+            self.bar.write(
+                f"{report.episodes:>9,} {report.frames:>10,} {report.episode_return:>18.1f} "
+                f"{report.episode_length:>7.1f} {report.updates:>8,} {report.skipped_steps:>8,}"
+            )
+
+
+def main(argv: list[str]) -> int:
+    """Train as the options say.
+
+    Returns:
+        The exit code: 0, 2 for bad input, 130 after Ctrl-C or SIGTERM.
+    """
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
+    try:
+        config, options = parse(argv)
+        torch.set_num_threads(config.num_threads)
+        pipeline = build(config)
+        config = pipeline.config
+        folder = RunFolder(options.resume or options.run_dir or config.default_run_dir())
+        if not options.resume:
+            folder.create(config.to_dict())
+        checkpoints = PipelineCheckpoints(pipeline, CollectorState(pipeline.collector), folder.checkpoints)
+        loggers = Loggers(folder.path, options.wandb, config.to_dict())
+        progress = Progress(config)
+        title = f"{config.env}, {config.precision}, seed {config.seed}"
+        run = Run(pipeline, checkpoints, folder, loggers, config, title, progress)
+        if options.resume:
+            run.resume()
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.resume and not restores_exactly(pipeline.env):
+        print(f"{config.env} keeps state that cannot be restored: training resumes at fresh episodes")
+    print(f"{title} on {config.device}, run folder {folder.path}")
+    progress.start_at(pipeline.frames, pipeline.episodes)
+    stopped_by = run.train()
+    progress.bar.close()
+    summary = run.summarize(stopped_by)
+    print_summary(summary, folder)
+    if stopped_by == "signal":
+        print(f"stopped early; continue with: python scripts/train.py --resume {folder.path}")
+        return 130
+    return 0
+
+
+def parse(argv: list[str]) -> tuple[RecipeConfig, Options[Any]]:
+    """The configuration and the run's options; a resumed run starts from its saved configuration."""
+    saved = _peek(argv, "--resume")
+    if saved is not None:
+        options = RunFolder(saved).read_config()
+        config_class = _config_class(options.get("algo", "actor-critic"))
+        default = config_class.from_dict(options)
+    else:
+        config_class = _config_class(_peek(argv, "--algo") or "actor-critic")
+        default = config_class()
+
+    parsed: Options[Any] = tyro.cli(
+        tyro.conf.OmitArgPrefixes[Options[config_class]],
+        description=__doc__,
+        args=argv,
+        default=Options(config=default),
+    )
+    if saved is not None:
+        if parsed.run_dir is not None:
+            raise ValueError("--run-dir does not go with --resume: a resumed run stays in its folder")
+        same_end = {name: getattr(default, name) for name in EXTENDABLE}
+        ours, theirs = replace(parsed.config, **same_end).to_dict(), default.to_dict()
+        if conflicts := [name for name in ours if ours[name] != theirs[name]]:
+            raise ValueError(
+                f"a resumed run keeps its options; {_flags(conflicts)} differ from those in {saved}/config.json. "
+                f"Only {_flags(EXTENDABLE)} may change"
+            )
+    return parsed.config, parsed
+
+
+def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
+    """Print how the run ended."""
+    rows = {
+        "evaluation return": f"{summary['eval_return_mean']:.1f} ± {summary['eval_return_std']:.1f} "
+        f"over {summary['eval_episodes']} episodes",
+        "trained": f"{summary['frames']:,} frames, {summary['episodes']:,} episodes, {summary['updates']:,} updates",
+        "skipped updates": f"{summary['skipped_steps']:,}",
+        "training time": f"{summary['train_seconds']:.1f} s, {summary['frames_per_second']:,.0f} frames/s",
+        "learning curve": str(folder.curve),
+    }
+    print()
+    for name, value in rows.items():
+        print(f"{name:<18} {value}")
+
+
+def _config_class(algo: str) -> type[RecipeConfig]:
+    if algo not in RECIPES:
+        raise ValueError(f"unknown algo {algo!r}; use one of {', '.join(RECIPES)}")
+    return RECIPES[algo][0]
+
+
+def _peek(argv: list[str], option: str) -> str | None:
+    """The value of an option, read before the others can be parsed: it decides which others there are."""
+    for place, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name == option:
+            return value if equals else next(iter(argv[place + 1 :]), None)
+    return None
+
+
+def _flags(names: Any) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torchrl")
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,369 @@
+"""A tiny correct environment, and copies of it that are each broken in one way."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+LIMIT = 12
+SPEED = 0.3
+
+
+class Walk(EnvBase):
+    """Walk left or right on a line; leaving [-1, 1] terminates, 12 steps truncate. Correct.
+
+    Positions and step counts are kept on the instance; starts come from a generator that the seed sets.
+    """
+
+    def __init__(self, rows: int | None = 3) -> None:
+        super().__init__(device="cpu", batch_size=() if rows is None else (rows,))
+        batch = self.batch_size
+        self.observation_spec = Composite(
+            position=Bounded(-1.5, 1.5, (*batch, 1), dtype=torch.float32),
+            step_count=Bounded(0, LIMIT, (*batch, 1), dtype=torch.int64),
+            shape=batch,
+        )
+        self.action_spec = Categorical(2, shape=batch, dtype=torch.int64)
+        self.reward_spec = Unbounded((*batch, 1), dtype=torch.float32)
+        flag = Categorical(2, shape=(*batch, 1), dtype=torch.bool)
+        self.done_spec = Composite(done=flag.clone(), terminated=flag.clone(), truncated=flag.clone(), shape=batch)
+        self.generator = torch.Generator()
+        self.position = torch.zeros(*batch, 1)
+        self.count = torch.zeros(*batch, 1, dtype=torch.int64)
+        self.set_seed(0)
+
+    def _set_seed(self, seed: int | None) -> None:
+        self.generator.manual_seed(seed or 0)
+
+    def draw_start(self) -> torch.Tensor:
+        return torch.rand(self.position.shape, generator=self.generator) * 0.4 - 0.2
+
+    def move(self, action: torch.Tensor) -> torch.Tensor:
+        return SPEED * (2.0 * action.unsqueeze(-1) - 1.0)
+
+    def observe(self) -> dict[str, torch.Tensor]:
+        return {"position": self.position.clone(), "step_count": self.count.clone()}
+
+    def output(self, **entries: torch.Tensor) -> TensorDict:
+        return TensorDict(entries, batch_size=self.batch_size, device=self.device)
+
+    def restart(self, mask: torch.Tensor) -> None:
+        self.position = torch.where(mask, self.draw_start(), self.position)
+        self.count = torch.where(mask, 0, self.count)
+
+    def mask(self, tensordict: TensorDictBase | None) -> torch.Tensor:
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        return torch.ones_like(self.count, dtype=torch.bool) if mask is None else mask.reshape(self.count.shape)
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDict:
+        self.restart(self.mask(tensordict))
+        no = torch.zeros_like(self.count, dtype=torch.bool)
+        return self.output(**self.observe(), done=no, terminated=no.clone(), truncated=no.clone())
+
+    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.position.abs() > 1, self.count >= LIMIT
+
+    def reward(self) -> torch.Tensor:
+        return 1 - self.position.abs()
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        self.position = self.position + self.move(tensordict["action"])
+        self.count = self.count + 1
+        terminated, truncated = self.ends()
+        return self.output(
+            **self.observe(),
+            reward=self.reward(),
+            done=terminated | truncated,
+            terminated=terminated,
+            truncated=truncated,
+        )
+
+
+class NoisyWalk(Walk):
+    """Correct: every step adds noise from the seeded generator, shared by all rows."""
+
+    def move(self, action: torch.Tensor) -> torch.Tensor:
+        return super().move(action) + 0.05 * (torch.rand(self.position.shape, generator=self.generator) - 0.5)
+
+
+class GlobalWalk(Walk):
+    """Correct: draws from torch's global generator, which its set_seed seeds."""
+
+    def _set_seed(self, seed: int | None) -> None:
+        torch.manual_seed(seed or 0)
+
+    def draw_start(self) -> torch.Tensor:
+        return torch.rand(self.position.shape) * 0.4 - 0.2
+
+
+class FixedWalk(Walk):
+    """Correct: deterministic, so that seeds make no difference."""
+
+    def draw_start(self) -> torch.Tensor:
+        return torch.zeros_like(self.position)
+
+
+class CarriedWalk(Walk):
+    """Correct: keeps nothing but the mask's leftovers on the instance; all state travels in the TensorDict."""
+
+    stateless = True
+
+    def __init__(self, rows: int | None = 3) -> None:
+        super().__init__(rows)
+        self.state_spec = self.observation_spec.clone()
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        self.position, self.count = tensordict["position"], tensordict["step_count"]
+        return super()._step(tensordict)
+
+
+# --- one broken environment per check ------------------------------------------------------------------------------------
+class WrongSpecDevice(Walk):
+    def __init__(self, rows: int | None = 3) -> None:
+        super().__init__(rows)
+        self._output_spec.unlock_(recurse=True)
+        box = Bounded(1.5, -1.5, (*self.batch_size, 1), dtype=torch.float32)
+        self._output_spec["full_reward_spec"]["reward"] = box
+
+
+class CrashesDeep(Walk):
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        if bool((self.count == LIMIT - 1).any()):
+            raise ZeroDivisionError("float division by zero")
+        return super()._step(tensordict)
+
+
+class LateKey(Walk):
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        out = super()._step(tensordict)
+        if bool((self.count > 5).any()):
+            out["info"] = torch.zeros(*self.batch_size, 1)
+        return out
+
+
+class MissingKey(Walk):
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDict:
+        return super()._reset(tensordict).exclude("step_count")
+
+
+class MissingReward(Walk):
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        return super()._step(tensordict).exclude("reward")
+
+
+class WrongShape(Walk):
+    def observe(self) -> dict[str, torch.Tensor]:
+        return {"position": self.position.squeeze(-1).clone(), "step_count": self.count.clone()}
+
+
+class LateDtype(Walk):
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDict:
+        out = super()._reset(tensordict)
+        return out.set("position", out["position"].double())
+
+
+class WrongDevice(Walk):
+    def output(self, **entries: torch.Tensor) -> TensorDict:
+        entries["position"] = entries["position"].to("meta")
+        return TensorDict(entries, batch_size=self.batch_size)
+
+
+class OutOfBounds(Walk):
+    def observe(self) -> dict[str, torch.Tensor]:
+        far = torch.where(self.count == LIMIT - 2, 40.0, 1.0)
+        return {"position": self.position * far, "step_count": self.count.clone()}
+
+
+class WrongCategory(Walk):
+    def observe(self) -> dict[str, torch.Tensor]:
+        return {"position": self.position.clone(), "step_count": self.count - 1}
+
+
+class NanReward(Walk):
+    def reward(self) -> torch.Tensor:
+        return torch.where(self.position.abs() > 1, torch.nan, super().reward())
+
+
+class InfiniteReward(Walk):
+    def reward(self) -> torch.Tensor:
+        return torch.where(self.count == LIMIT, torch.inf, super().reward())
+
+
+class CarriesGraph(Walk):
+    def reward(self) -> torch.Tensor:
+        return super().reward() * torch.ones(1, requires_grad=True)
+
+
+class TerminatedNotDone(Walk):
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        out = super()._step(tensordict)
+        return out.set("done", out["truncated"].clone())
+
+
+class DoneWithoutCause(Walk):
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        out = super()._step(tensordict)
+        return out.set("truncated", torch.zeros_like(out["truncated"]))
+
+
+class StillDone(Walk):
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDict:
+        ended = self.count >= LIMIT
+        out = super()._reset(tensordict)
+        return out.set("done", ended).set("truncated", ended.clone())
+
+
+class KeepsCount(Walk):
+    def restart(self, mask: torch.Tensor) -> None:
+        self.position = torch.where(mask, self.draw_start(), self.position)
+        self.count = torch.where(mask & (self.count >= LIMIT), LIMIT - 1, torch.where(mask, 0, self.count))
+
+
+class KeepsHiddenCount(Walk):
+    """The step count is shown from a second counter, so that only the truncation gives the leak away."""
+
+    def __init__(self, rows: int | None = 3) -> None:
+        super().__init__(rows)
+        self.total = torch.zeros_like(self.count)
+
+    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.total = self.total + 1
+        return self.position.abs() > 1, (self.count >= LIMIT) | (self.total % 50 == 0)
+
+
+class KeepsPosition(Walk):
+    """Shows a fresh start, then goes on from where the old episode ended."""
+
+    def restart(self, mask: torch.Tensor) -> None:
+        self.shown = self.draw_start()
+        self.count = torch.where(mask, 0, self.count)
+        self.position = torch.where(mask, self.position.clamp(-0.9, 0.9), self.position)
+
+    def observe(self) -> dict[str, torch.Tensor]:
+        shown = torch.where(self.count == 0, self.shown, self.position)
+        return {"position": shown, "step_count": self.count.clone()}
+
+
+class IgnoresSeed(Walk):
+    def _set_seed(self, seed: int | None) -> None:
+        pass
+
+
+class CountsEpisodes(Walk):
+    """Starts hashed from (seed, episode), but set_seed does not set the episode number back."""
+
+    episode = 0
+    start_seed = 0
+
+    def _set_seed(self, seed: int | None) -> None:
+        self.start_seed = seed or 0
+
+    def draw_start(self) -> torch.Tensor:
+        self.episode += 1
+        generator = torch.Generator().manual_seed(1000 * self.start_seed + self.episode)
+        return torch.rand(self.position.shape, generator=generator) * 0.4 - 0.2
+
+
+class ConstantSeed(Walk):
+    def _set_seed(self, seed: int | None) -> None:
+        self.generator.manual_seed(7)
+
+
+class UnseededNoise(Walk):
+    def move(self, action: torch.Tensor) -> torch.Tensor:
+        return super().move(action) + 0.01 * random.random()
+
+
+class OwnUnseededNoise(Walk):
+    """Step noise from a generator of its own that set_seed forgets."""
+
+    def __init__(self, rows: int | None = 3) -> None:
+        super().__init__(rows)
+        self.forgotten = torch.Generator().manual_seed(3)
+
+    def move(self, action: torch.Tensor) -> torch.Tensor:
+        return super().move(action) + 0.01 * torch.rand(self.position.shape, generator=self.forgotten)
+
+
+class AliasedObservation(Walk):
+    def restart(self, mask: torch.Tensor) -> None:
+        self.buffer = getattr(self, "buffer", torch.zeros_like(self.position))
+        super().restart(mask)
+
+    def observe(self) -> dict[str, torch.Tensor]:
+        self.buffer.copy_(self.position)
+        return {"position": self.buffer, "step_count": self.count.clone()}
+
+
+class AliasedReward(Walk):
+    def reward(self) -> torch.Tensor:
+        self.buffer = getattr(self, "buffer", torch.zeros_like(self.position))
+        return self.buffer.copy_(super().reward())
+
+
+class WritesInput(Walk):
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        tensordict["seen"] = torch.ones(*self.batch_size, 1)
+        return super()._step(tensordict)
+
+
+class WritesAction(Walk):
+    def move(self, action: torch.Tensor) -> torch.Tensor:
+        return super().move(action.mul_(2).sub_(1).add_(1).div_(2, rounding_mode="floor").mul_(0))
+
+
+class RejectsAction(Walk):
+    def move(self, action: torch.Tensor) -> torch.Tensor:
+        if bool((action == 1).all()):
+            raise ValueError("unknown action")
+        return super().move(action)
+
+
+class NeedsMoreThanMask(Walk):
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDict:
+        if tensordict is not None:
+            self.position = tensordict["position"]
+        return super()._reset(tensordict)
+
+
+class ResetsAll(Walk):
+    """A partial reset restarts every row behind the scenes."""
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDict:
+        return super()._reset(None)
+
+
+class ResetsNone(Walk):
+    """A reset by mask changes nothing."""
+
+    def mask(self, tensordict: TensorDictBase | None) -> torch.Tensor:
+        mask = super().mask(tensordict)
+        return mask if bool(mask.all()) else torch.zeros_like(mask)
+
+
+class HiddenState(CarriedWalk):
+    """Declares stateless = True, but counts steps on the instance."""
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        kept = self.position
+        out = super()._step(tensordict)
+        self.position = 0.5 * out["position"] + 0.5 * kept
+        return out.set("position", self.position.clone())
+
+
+class SharedState(Walk):
+    """The position lives on the class."""
+
+    where = torch.zeros(1)
+
+    @property
+    def position(self) -> torch.Tensor:
+        return SharedState.where
+
+    @position.setter
+    def position(self, value: torch.Tensor) -> None:
+        SharedState.where = value
