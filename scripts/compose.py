@@ -15,7 +15,5 @@ optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, fused=True)
 step = f8.OptimStep(loss, optimizer, f8.Precision("fp16"), max_grad_norm=0.5)
 config = f8.training.LoopConfig(total_frames=200_000)
 for report in f8.Pipeline(env, agent, collector, replay, loss, step, config):
-    print(
-        f"{report.frames:>7,} frames  return {report.episode_return:6.1f}  scale {report.metrics.get('loss_scale', 0)}"
-    )
+    print(f"{report.frames:>7,} frames, return {report.episode_return:5.1f}, loss scale {report.metrics['loss_scale']}")
 print(f8.evaluate(agent.policy, env, episodes=20).mean)

@@ -53,9 +53,7 @@ class Progress:
         """Begin where a resumed run stands."""
         self.bar.update(frames if self.by_frames else episodes)
         self.printed = episodes // self.config.report_every
-        self.bar.write(
-            f"{'episodes':>9} {'frames':>10} {'return (last 100)':>18} {'length':>7} {'updates':>8} {'skipped':>8}"
-        )
+        self.bar.write(" episodes     frames  return (last 100)  length  updates  skipped")
 
     def __call__(self, report: Report) -> None:
         """Advance the bar."""
@@ -79,9 +77,9 @@ def main(argv: list[str]) -> int:
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     try:
         config, options = parse(argv)
+        config = config.resolved()
         torch.set_num_threads(config.num_threads)
         pipeline = build(config)
-        config = pipeline.config
         folder = RunFolder(options.resume or options.run_dir or config.default_run_dir())
         if not options.resume:
             folder.create(config.to_dict())

@@ -47,10 +47,10 @@ class CollectorState:
     their collector restores its counters and starts fresh episodes.
 
     Args:
-        collector: The collector to save and restore.
+        collector: The `torchrl.collectors.Collector` to save and restore.
     """
 
-    def __init__(self, collector: Collector) -> None:
+    def __init__(self, collector: Any) -> None:
         self.collector = collector
 
     def state_dict(self) -> dict[str, Any]:

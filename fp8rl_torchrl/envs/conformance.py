@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from torchrl.envs import EnvBase
 
@@ -108,7 +108,7 @@ def check_env(env: EnvBase | Callable[[], EnvBase], *, seed: int = 0, max_steps:
 
     Args:
         env: An environment, or a function without arguments that builds one. With a function a second instance can be
-            built too, which one check (``instances``) needs and another (``repeatable``) uses; what was built is closed.
+            built too, which the check ``instances`` needs and ``repeatable`` uses; what was built is closed.
         seed: Seed of the environment and of the actions.
         max_steps: The longest rollout, in steps. Give at least twice the length of an episode: only what is seen can
             be checked.
@@ -179,6 +179,7 @@ class EnvConformanceSuite:
     """Seed of the environment and of the actions."""
     max_steps: ClassVar[int] = 1000
     """The longest rollout, in steps."""
+    _report: ClassVar[ConformanceReport]
 
     def _conformance(self, name: str) -> None:
         import pytest  # the suite needs it, the package does not
@@ -229,7 +230,7 @@ def _resolve(target: str, num_envs: int | None, seed: int) -> Callable[[], EnvBa
             found = getattr(found, part)
         if isinstance(found, EnvBase) or not callable(found):
             raise _BadTargetError(f"{target} is a {type(found).__name__}; name a function or class that builds the env")
-        return found
+        return cast("Callable[[], EnvBase]", found)  # what it returns is checked when it is called
     from fp8rl_torchrl.envs.gym import make
 
     return lambda: make(target, num_envs=num_envs, seed=seed)

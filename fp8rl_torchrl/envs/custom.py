@@ -140,7 +140,7 @@ class CustomEnv(EnvBase):
         self.dynamics = CustomDynamics(**constants)  # pyright: ignore[reportArgumentType]
         self.pure_step = self.dynamics.step
         self.pure_reset = self.dynamics.reset
-        super().__init__(device=device, batch_size=() if num_envs is None else (num_envs,))
+        super().__init__(device=device, batch_size=torch.Size(() if num_envs is None else (num_envs,)))
         self._make_specs()
         # The counters that the last step or reset saw. TorchRL's auto-reset hands `_reset` nothing but the mask.
         index = torch.zeros((), dtype=torch.int64) if num_envs is None else torch.arange(num_envs)
@@ -165,7 +165,8 @@ class CustomEnv(EnvBase):
         returns = dynamics.max_steps * max(-low_reward, high_reward)
 
         def interval(bound: float, dtype: torch.dtype, *shape: int, low: float | None = None) -> Bounded:
-            return Bounded(-bound if low is None else low, bound, (*batch, *shape), dtype=dtype, device=device)
+            size = torch.Size((*batch, *shape))
+            return Bounded(-bound if low is None else low, bound, size, dtype=dtype, device=device)
 
         counter = Unbounded(batch, dtype=torch.int64, device=device)
         carried = {
@@ -190,7 +191,7 @@ class CustomEnv(EnvBase):
         self.state_spec = Composite(carried, shape=batch, device=device).clone()
         self.action_spec = Categorical(2, shape=batch, dtype=torch.int64, device=device)
         self.reward_spec = interval(high_reward, torch.float32, 1, low=low_reward)
-        flag = Categorical(2, shape=(*batch, 1), dtype=torch.bool, device=device)
+        flag = Categorical(2, shape=torch.Size((*batch, 1)), dtype=torch.bool, device=device)
         self.done_spec = Composite(
             done=flag.clone(), terminated=flag.clone(), truncated=flag.clone(), shape=batch, device=device
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -71,7 +72,7 @@ class ActorCritic(nn.Module):
         actor_encoder = TensorDictModule(encoder, [observation_key], [actor_out])
         actor_head = TensorDictModule(head, [actor_out], parameters)
 
-        def actor(*parts: TensorDictModule) -> ProbabilisticActor:
+        def actor(*parts: Any) -> ProbabilisticActor:
             return ProbabilisticActor(
                 TensorDictSequential(*parts),
                 in_keys=parameters,
@@ -88,7 +89,8 @@ class ActorCritic(nn.Module):
         else:
             critic = TensorDictModule(critic_encoder, [observation_key], ["_critic_hidden"])
             critic_head = ValueOperator(critic_head, ["_critic_hidden"])
-            self.joint = ActorCriticWrapper(actor(actor_encoder, actor_head), TensorDictSequential(critic, critic_head))
+            value: Any = [critic, critic_head]
+            self.joint = ActorCriticWrapper(actor(actor_encoder, actor_head), TensorDictSequential(*value))
         # Views of the same modules: kept out of the module tree, in which every parameter has one name.
         self.__dict__.update(policy=self.joint.get_policy_operator(), value=self.joint.get_value_operator())
         self.__dict__["_parts"] = (actor_encoder, actor_head, critic, critic_head)
@@ -194,14 +196,15 @@ def _observation(env: EnvBase, encoder: nn.Module | None) -> tuple[str, TensorSp
 
 def _actor_head(
     num_features: int, action_spec: TensorSpec
-) -> tuple[nn.Module, list[str], type[Distribution], dict[str, object]]:
+) -> tuple[nn.Module, list[Any], type[Distribution], dict[str, object]]:
     """The head, the names of what it writes, and the distribution that these parametrise."""
     if type(action_spec) is CategoricalSpec and action_spec.shape == ():
         # Arguments are not validated, since that reads the logits on the host at every construction.
         return Float32Head(num_features, action_spec.n, 0.01), ["logits"], Categorical, {"validate_args": False}
     if isinstance(action_spec, Bounded) and action_spec.dtype.is_floating_point and len(action_spec.shape) == 1:
         head = nn.Sequential(Float32Head(num_features, 2 * action_spec.shape[-1], 0.01), NormalParamExtractor())
-        bounds = {"low": action_spec.space.low, "high": action_spec.space.high}
+        space: Any = action_spec.space
+        bounds = {"low": space.low, "high": space.high}
         if not all(bound.isfinite().all() for bound in bounds.values()):
             raise ValueError(f"the action space is unbounded ({action_spec}); a tanh-Normal policy needs finite bounds")
         return head, ["loc", "scale"], TanhNormal, {**bounds, "tanh_loc": False}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,8 +14,10 @@ from torchrl.objectives import LossModule
 class JointModel(Protocol):
     """What the loss needs of a model; `fp8rl_torchrl.ActorCritic` offers it."""
 
-    value: TensorDictModuleBase
-    """Its ``in_keys`` are what the model observes."""
+    @property
+    def value(self) -> TensorDictModuleBase:
+        """The critic; its ``in_keys`` are what the model observes."""
+        ...
 
     def distribution_and_value(self, tensordict: TensorDictBase) -> tuple[Distribution, torch.Tensor]:
         """The action distribution ``[...]`` and the state value ``[..., 1]`` of the observation in a TensorDict."""
@@ -94,7 +96,7 @@ class ReplayedActorCriticLoss(LossModule):
         self.entropy_coeff = entropy_coeff
         observed = actor_critic.value.in_keys
         stored = ["action", "action_log_prob", ("next", "reward"), ("next", "terminated")]
-        self.in_keys = [*observed, *(("next", key) for key in observed), *stored]
+        self.in_keys: list[Any] = [*observed, *(("next", key) for key in observed), *stored]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Compute the losses of a batch of transitions.

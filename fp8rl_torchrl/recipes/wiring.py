@@ -130,4 +130,5 @@ class RecipeConfig(LoopConfig, RunSchedule):
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(options) - known):
             raise ValueError(f"unknown options {', '.join(unknown)}; this version knows {', '.join(sorted(known))}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
+        return cls(**values)

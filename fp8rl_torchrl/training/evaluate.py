@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -112,14 +113,15 @@ def _play(
     return [episode for done in finished for episode in done]
 
 
-def _independent_copy(env: EnvBase | Callable[[], EnvBase], episodes: int, seed: int) -> EnvBase:
+def _independent_copy(env: Any, episodes: int, seed: int) -> EnvBase:
     if not isinstance(env, EnvBase):
-        built = env()
+        built: EnvBase = env()
         built.set_seed(seed)
         return built
     # Asked of the class: a TransformedEnv hands the question on to the env inside, whose copy lacks the transforms.
-    if hasattr(type(env), "fresh"):
-        return env.fresh(num_envs=min(episodes, MAX_PARALLEL), seed=seed)
+    fresh = getattr(type(env), "fresh", None)
+    if fresh is not None:
+        return fresh(env, num_envs=min(episodes, MAX_PARALLEL), seed=seed)
     try:
         copied = copy.deepcopy(env)
     except Exception as error:

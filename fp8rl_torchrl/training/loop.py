@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import nn
 from torchrl.collectors import BaseCollector
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.envs import EnvBase
@@ -71,6 +70,19 @@ class Report:
     """Optimizer steps skipped for a non-finite loss or gradient since the start."""
 
 
+class Agent(Protocol):
+    """The networks of a pipeline, usually an `nn.Module`."""
+
+    @property
+    def policy(self) -> Callable[[TensorDictBase], TensorDictBase]:
+        """Writes ``action`` into a TensorDict."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The parameters by name."""
+        ...
+
+
 class Pipeline:
     """The parts of a training run; iterating it trains and yields one `Report` per collection.
 
@@ -92,7 +104,7 @@ class Pipeline:
     def __init__(
         self,
         env: EnvBase,
-        agent: nn.Module,
+        agent: Agent,
         collector: BaseCollector,
         replay: TensorDictReplayBuffer,
         loss: LossModule,
@@ -170,10 +182,10 @@ class Pipeline:
 
 def _mean_over_applied(updates: list[TensorDict]) -> dict[str, float]:
     """Average each metric over the updates that were applied, reading the device once."""
-    updates = [update for update in updates if any(key.startswith("skipped") for key in update.keys())]
+    updates = [update for update in updates if any(str(key).startswith("skipped") for key in update.keys())]
     if not updates:  # learning has not started, or every call only accumulated gradients
         return {}
-    names = sorted(updates[-1].keys())
+    names = sorted(str(key) for key in updates[-1].keys())
     table = torch.stack([torch.stack([update[name].float() for name in names]) for update in updates])
     skipped = [place for place, name in enumerate(names) if name.startswith("skipped")]
     applied = table[:, skipped].sum(-1) == 0

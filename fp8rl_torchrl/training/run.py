@@ -113,8 +113,7 @@ class Run:
 
     def evaluate(self, episodes: int) -> EvalResult:
         """Evaluate the current policy, deterministically, on fresh episodes."""
-        policy: Any = self.pipeline.agent.policy
-        return evaluate(policy, self.pipeline.env, episodes)
+        return evaluate(self.pipeline.agent.policy, self.pipeline.env, episodes)
 
     def summarize(self, stopped_by: str) -> dict[str, Any]:
         """Evaluate the final policy and write ``summary.json``.

@@ -227,14 +227,14 @@ class OptimStep(OptimizationStepper):
     @torch.no_grad()
     def _update_targets(self, applied: torch.Tensor) -> None:
         """Move the target networks by the updater's rule, by nothing where the update was skipped."""
-        updater = self.target_updater
+        updater: Any = self.target_updater
         if updater is None:
             return
         if isinstance(updater, SoftUpdate):
             weight = applied * (1 - updater.eps)
         else:
             weight = applied & (self.updates % int(updater.value_network_update_interval) == 0)
-        sources = dict(updater._sources.items(True, True))
+        sources: dict[Any, torch.Tensor] = dict(updater._sources.items(True, True))
         for key, target in updater._targets.items(True, True):
             name, *rest = key if isinstance(key, tuple) else (key,)
             source = sources[(name.removeprefix("target_"), *rest)]

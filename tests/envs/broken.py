@@ -121,7 +121,7 @@ class CarriedWalk(Walk):
         return super()._step(tensordict)
 
 
-# --- one broken environment per check ------------------------------------------------------------------------------------
+# --- one broken environment per check ------------------------------------------------------------
 class WrongSpecDevice(Walk):
     def __init__(self, rows: int | None = 3) -> None:
         super().__init__(rows)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torchrl.envs import AutoResetTransform, EnvBase, TransformedEnv, VecGymEnvTransform
 
+from fp8rl_torchrl.envs._conformance.diagnosis import blame, describe
 from fp8rl_torchrl.envs._conformance.findings import Findings
 from fp8rl_torchrl.envs._conformance.layout import Layout, Leaves, extremes, leaves, same, show
 from fp8rl_torchrl.envs._conformance.randomness import PrivateStream, seed_globals
@@ -115,7 +113,7 @@ class Driver:
         try:
             data = self.env.reset()
         except Exception as error:
-            self.blame(error, None, f"in reset() {when}")
+            blame(self, error, None, f"in reset() {when}")
             return None
         self.check_running(data, f"after reset() {when}")
         return data
@@ -156,14 +154,14 @@ class Driver:
             data.set(key, value)
         return data
 
-    # --- policies ------------------------------------------------------------------------------------------------------
+    # --- policies ----------------------------------------------------------------------------------------------------
     def random(self) -> Policy:
         """Fresh random actions."""
         return lambda step, data: self.random_action(data)
 
     def held(self, action: Leaves) -> Policy:
         """One action for ever, to drive the environment to the borders of its state space."""
-        return lambda step, data: _copies(action)
+        return lambda step, data: copies(action)
 
     def sticky(self, period: int = 20) -> Policy:
         """Random actions held for ``period`` steps each."""
@@ -172,13 +170,13 @@ class Driver:
         def act(step: int, data: TensorDictBase) -> Leaves:
             if step % period == 0:
                 current.update(self.random_action(data))
-            return _copies(current)
+            return copies(current)
 
         return act
 
     def replay(self, actions: Sequence[Leaves]) -> Policy:
         """The given actions, in order."""
-        return lambda step, data: _copies(actions[step])
+        return lambda step, data: copies(actions[step])
 
     def extreme_actions(self, data: TensorDictBase) -> list[tuple[str, Leaves]]:
         """Each action entry at its extremes, the others random."""
@@ -188,16 +186,18 @@ class Driver:
                 found.append((f"{show(key)} = {label}", {**self.random_action(data), key: value}))
         return found
 
-    # --- a whole run ---------------------------------------------------------------------------------------------------
-    def run(self, seed: int, steps: int, policy: Policy, *, check: bool = True, keep: bool = True) -> Run:
+    # --- a whole run -------------------------------------------------------------------------------------------------
+    def run(self, seed: int, steps: int, policy: Policy, *, check: bool = True) -> Run:
         """Seed, reset, then step and reset through ``steps`` steps.
 
         Args:
             seed: Seed of the environment.
             steps: Steps to take.
             policy: Chooses the actions.
-            check: Whether to check what the environment returns against its specs.
-            keep: Whether the frames are kept for comparison (up to a fixed amount of memory).
+            check: Whether to check what the environment returns against its specs, and to go on after a crash.
+
+        Returns:
+            The run, with the frames until the first crash, or until they fill a fixed amount of memory.
         """
         run = Run(seed)
         self.set_seed(seed)
@@ -205,54 +205,58 @@ class Driver:
         if data is None:
             run.crashed = True
             return run
+        run.start = copies(leaves(data))
         window = Window(self.layout, self.findings, self.blanks_final) if check else None
         if window is not None:
-            root = self.layout.inspect(data, "root", f"after reset() with seed {seed}", self.findings)
-            window.add("root", root, f"after reset() with seed {seed}")
-        run.start = _copies(leaves(data))
+            after_reset = f"after reset() with seed {seed}"
+            window.add("root", self.layout.inspect(data, "root", after_reset, self.findings), after_reset)
         crashes, kept = 0, 0
         for step in range(steps):
-            action: Leaves = {}
+            where, action = f"step {step} of a run with seed {seed}", {}
             try:
                 action = policy(step, data)
-                untouched = _copies(action)
+                given = copies(action)
                 out, after = self.env.step_and_maybe_reset(self.put(data, action))
             except Exception as error:
                 run.crashed = True
                 crashes += 1
-                if not keep or not check:
-                    break
-                self.blame(error, action, f"at step {step} of a run with seed {seed}")
+                if not check:
+                    return run
+                blame(self, error, action, f"at {where}")
                 restart = self.reset(f"after the crash at step {step}") if crashes < MAX_CRASHES else None
                 if restart is None:
                     break
                 data = restart
                 continue
-            self.steps += 1
-            where = f"step {step} of a run with seed {seed}"
             following = out.get("next")
+            ended = self.ended(following)
             if window is not None:
+                self.steps += 1
+                self.episodes += int(ended.sum())
+                self._check_action(given, action, out, where)
                 window.add("action", self._fixed(action), f"at {where}")
-                for key, value in untouched.items():
-                    if not same(action[key], value) or not same(out.get(key), value):
-                        self.findings.fail("action_unchanged", f"the action {show(key)} was changed at {where}", key)
-                ended = self.ended(following)
-                at, after_it = f"at {where}", f"after {where}"
-                window.add("next", self.layout.inspect(following, "next", at, self.findings), at, ended)
-                window.add("root", self.layout.inspect(after, "root", after_it, self.findings), after_it)
-                self.check_running(after, f"after the reset at {where}", of=ended)
-            else:
-                ended = self.ended(following)
-            self.episodes += int(ended.sum())
-            if keep and not run.crashed and kept < KEPT_BYTES:
-                root = leaves(after, without={"next"})
-                frame = Frame(untouched, _copies(leaves(following)), _copies(root), ended)
+                self._check_step(window, following, after, ended, where)
+            if not run.crashed and kept < KEPT_BYTES:
+                frame = Frame(given, copies(leaves(following)), copies(leaves(after, without={"next"})), ended)
                 kept += sum(v.nbytes for part in (frame.next, frame.root) for v in part.values() if torch.is_tensor(v))
                 run.frames.append(frame)
             data = after
         if window is not None:
             window.close()
         return run
+
+    def _check_action(self, given: Leaves, action: Leaves, out: TensorDictBase, where: str) -> None:
+        for key, value in given.items():
+            if not same(action[key], value) or not same(out.get(key), value):
+                self.findings.fail("action_unchanged", f"the action {show(key)} was changed at {where}", key)
+
+    def _check_step(
+        self, window: Window, following: TensorDictBase, after: TensorDictBase, ended: torch.Tensor, where: str
+    ) -> None:
+        at, after_it = f"at {where}", f"after {where}"
+        window.add("next", self.layout.inspect(following, "next", at, self.findings), at, ended)
+        window.add("root", self.layout.inspect(after, "root", after_it, self.findings), after_it)
+        self.check_running(after, f"after the reset at {where}", of=ended)
 
     def _fixed(self, action: Leaves) -> Leaves:
         """The action's tensors whose shape never varies."""
@@ -271,115 +275,9 @@ class Driver:
                 ended |= flag.reshape(*shape, -1).bool().any(-1).cpu()
         return ended
 
-    # --- what went wrong ------------------------------------------------------------------------------------------------
-    def blame(self, error: Exception, action: Leaves | None, where: str) -> None:
-        """Find the check that an exception belongs to.
 
-        Args:
-            error: The exception.
-            action: The action that the environment was given, or None if it was reset.
-            where: The moment, for messages.
-        """
-        text = f"{describe(error)} {where}"
-        if "True after" in str(error) and "reset" in str(error):
-            self.findings.fail("reset_clears_done", text, "raised")
-            return
-        if self.findings.failed("keys", "shape", "dtype", "device") and _raised_outside(error):
-            return  # TorchRL could not take what these failures describe
-        in_reset = action is None or _raised_in_reset(error)
-        if not in_reset and action and self._rejects(action):
-            shown = ", ".join(f"{show(key)} = {value.tolist()}" for key, value in action.items())
-            self.findings.fail("action_accepted", f"{shown}, inside its spec, was rejected: {text}", "rejected")
-            return
-        if self._malformed(in_reset, action, where):
-            return
-        if in_reset and action is not None:
-            try:
-                self.env.reset()
-            except Exception:
-                pass
-            else:
-                self.findings.fail("reset_mask_only", f"resetting at the end of an episode raised {text}", "raised")
-                return
-        self.findings.fail("no_crash", f"{text}; {origin(error)}", (type(error), str(error)))
-
-    def _rejects(self, action: Leaves) -> bool:
-        """Whether a fresh episode refuses this action but takes another one."""
-        if self.accepts(action) is None:
-            return False
-        for _ in range(8):
-            try:
-                other = self.random_action(self.env.reset())
-            except Exception:
-                return False
-            if self.accepts(other) is None:
-                return True
-        return False
-
-    def accepts(self, action: Leaves) -> Exception | None:
-        """What a fresh episode raises when it is given this action, or None."""
-        try:
-            data = self.env.reset()
-        except Exception:
-            return None
-        try:
-            self.env.step(self.put(data, _copies(action)))
-        except Exception as error:
-            return error
-        return None
-
-    def _malformed(self, in_reset: bool, action: Leaves | None, where: str) -> bool:
-        """Whether the environment itself did not raise, but returned what TorchRL could not take."""
-        try:
-            if in_reset:
-                raw: Any = self.env._reset(None)
-            else:
-                data = self.env._reset(None)
-                raw = self.env._step(self.put(data, _copies(action or {})))
-        except Exception:
-            return False
-        place, call = ("root", "_reset") if in_reset else ("next", "_step")
-        if not isinstance(raw, TensorDictBase):
-            self.findings.fail("keys", f"{call} returned a {type(raw).__name__}, not a TensorDict, {where}", call)
-            return True
-        needed = {**self.layout.observation, **({} if in_reset else self.layout.reward)}
-        found, malformed = leaves(raw), False
-        for key, spec in needed.items():
-            name, value = show(key), found.get(key)
-            if key not in found:
-                malformed = True
-                self.findings.fail(
-                    "keys", f"{name} is missing from what {call} returns; a spec declares it", (place, key)
-                )
-            elif isinstance(value, torch.Tensor) and value.numel() != spec.shape.numel():
-                malformed = True
-                message = f"{name} from {call} has shape {list(value.shape)}; its spec says {list(spec.shape)}"
-                self.findings.fail("shape", message, (place, key))
-        return malformed
-
-
-def describe(error: BaseException) -> str:
-    """An exception in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
-
-
-def origin(error: BaseException) -> str:
-    """Where an exception was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"raised in {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].name})" if frames else "raised elsewhere"
-
-
-def _raised_in_reset(error: BaseException) -> bool:
-    return any(frame.name in ("maybe_reset", "reset", "_reset") for frame in traceback.extract_tb(error.__traceback__))
-
-
-def _raised_outside(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and any(f"{package}{os.sep}" in frames[-1].filename for package in ("tensordict", "torchrl"))
-
-
-def _copies(entries: Leaves) -> Leaves:
+def copies(entries: Leaves) -> Leaves:
+    """Entries that nothing else holds on to."""
     return {key: value.detach().clone() if torch.is_tensor(value) else value for key, value in entries.items()}
 
 

@@ -9,8 +9,9 @@ import torch
 from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
-from fp8rl_torchrl.envs._conformance import episodes, isolation
-from fp8rl_torchrl.envs._conformance.driver import Driver, Run, describe, origin
+from fp8rl_torchrl.envs._conformance import episodes, isolation, partial_resets
+from fp8rl_torchrl.envs._conformance.diagnosis import describe, origin
+from fp8rl_torchrl.envs._conformance.driver import Driver, Run
 from fp8rl_torchrl.envs._conformance.findings import CHECKS, Findings
 from fp8rl_torchrl.envs._conformance.layout import show
 from fp8rl_torchrl.envs._conformance.randomness import isolated
@@ -68,7 +69,7 @@ def _examine(driver: Driver, factory: Callable[[], EnvBase] | None, seed: int, m
     _guarded(findings, compare_runs)
     _guarded(findings, lambda: isolation.check_inputs(driver, seed))
     _guarded(findings, lambda: isolation.check_actions(driver, seed))
-    _guarded(findings, lambda: isolation.check_partial_resets(driver, seed))
+    _guarded(findings, lambda: partial_resets.check_partial_resets(driver, seed))
     _guarded(findings, lambda: isolation.check_stateless(driver, seed))
     _guarded(findings, lambda: isolation.check_instances(driver, seed, factory))
 

@@ -50,9 +50,9 @@ ADVICE = {
     "input_unchanged": "compute the next state out of place and return it in a new TensorDict",
     "action_unchanged": "clone the action before changing it",
     "action_accepted": "accept it, or narrow the action spec",
-    "reset_mask_only": "do not read observations or state from the TensorDict that _reset is given: it may have only '_reset'",
-    "partial_reset_isolated": "change only the rows where '_reset' is true, in the TensorDict and in the environment's own state",
-    "partial_reset_applied": "restart all the rows where '_reset' is true, in the TensorDict and in the environment's own state",
+    "reset_mask_only": "do not rely on any entry but '_reset' in the TensorDict that _reset is given",
+    "partial_reset_isolated": "change only the rows where '_reset' is true, in everything the environment keeps",
+    "partial_reset_applied": "restart all the rows where '_reset' is true, in everything the environment keeps",
     "stateless": "carry all state in the TensorDict, or do not declare stateless = True",
     "instances": "keep state on the instance, not on the class or the module",
 }

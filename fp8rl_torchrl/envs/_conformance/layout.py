@@ -29,7 +29,7 @@ Leaves = dict[Key, Any]
 
 def leaves(data: TensorDictBase, *, without: set[str] | None = None) -> Leaves:
     """The entries of a TensorDict by (nested) key; a first key in ``without`` is left out."""
-    found = dict(data.items(True, True, is_leaf=is_leaf_nontensor))
+    found: Leaves = dict(data.items(True, True, is_leaf=is_leaf_nontensor))  # pyright: ignore[reportAssignmentType]
     if not without:
         return found
     return {key: value for key, value in found.items() if (key if isinstance(key, str) else key[0]) not in without}
@@ -194,9 +194,9 @@ def check_values(values: torch.Tensor, spec: TensorSpec, name: str, moments: lis
         if nonfinite.any():
             findings.fail("finite", _first(nonfinite, values, name, moments, "is not finite"), name)
             if isinstance(spec, Bounded):  # reported once: a value that is no number is in no range either
-                values = torch.where(nonfinite, spec.space.low.to(values).expand_as(values), values)
+                values = torch.where(nonfinite, _box(spec)[0].to(values).expand_as(values), values)
     try:
-        inside = bool(spec.expand(len(values), *spec.shape).is_in(values))
+        inside = bool(spec.expand(torch.Size([len(values), *spec.shape])).is_in(values))
     except Exception:  # a spec that does not expand
         inside = all(bool(spec.is_in(value)) for value in values)
     if not inside:
@@ -208,15 +208,19 @@ def check_values(values: torch.Tensor, spec: TensorSpec, name: str, moments: lis
             findings.fail("bounds", _first(bad, values, name, moments, f"is outside {rule}"), name)
 
 
+def _box(spec: Bounded) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bounds of a bounded spec."""
+    box: Any = spec.space
+    return box.low, box.high
+
+
 def _violations(values: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor | None, str]:
     """Where values break a spec's rule, ``[T, ...]``, and the rule in words."""
     if isinstance(spec, Bounded):
-        low, high = spec.space.low.to(values.device), spec.space.high.to(values.device)
+        low, high = (bound.to(values.device) for bound in _box(spec))
         return (values < low) | (values > high), f"its spec, [{_short(low)}, {_short(high)}]"
     if isinstance(spec, MultiCategorical):
-        return (values < 0) | (
-            values >= spec.nvec.to(values.device)
-        ), f"its spec, categories below {spec.nvec.tolist()}"
+        return (values < 0) | (values >= spec.nvec.to(values.device)), f"its spec, below {spec.nvec.tolist()}"
     if isinstance(spec, Categorical) and spec.mask is None:
         return (values < 0) | (values >= spec.space.n), f"its spec, categories 0 to {spec.space.n - 1}"
     if isinstance(spec, OneHot) and not isinstance(spec, MultiOneHot) and spec.mask is None:
@@ -250,7 +254,7 @@ def extremes(spec: TensorSpec, limit: int = 64) -> Iterator[tuple[str, torch.Ten
         A description and a value of the spec's shape.
     """
     if isinstance(spec, Bounded):
-        for label, bound in (("low", spec.space.low), ("high", spec.space.high)):
+        for label, bound in zip(("low", "high"), _box(spec), strict=True):
             if torch.isfinite(bound).all():
                 yield f"its {label}est value", bound.to(spec.dtype).expand(spec.shape).clone()
     elif getattr(spec, "mask", None) is not None:
