@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from torchrl.envs import EnvBase
 
@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     import tyro
 
     def check(
-        target: Annotated[str, tyro.conf.Positional],
+        target: str,
         /,
         seed: int = 0,
         max_steps: int = 1000,

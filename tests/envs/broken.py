@@ -107,6 +107,21 @@ class FixedWalk(Walk):
         return torch.zeros_like(self.position)
 
 
+class CountingWalk(Walk):
+    """Correct: starts are hashed from the seed and the number of the episode."""
+
+    episode = 0
+    start_seed = 0
+
+    def _set_seed(self, seed: int | None) -> None:
+        self.start_seed, self.episode = seed or 0, 0
+
+    def draw_start(self) -> torch.Tensor:
+        self.episode += 1
+        generator = torch.Generator().manual_seed(1000 * self.start_seed + self.episode)
+        return torch.rand(self.position.shape, generator=generator) * 0.4 - 0.2
+
+
 class CarriedWalk(Walk):
     """Correct: keeps nothing but the mask's leftovers on the instance; all state travels in the TensorDict."""
 
@@ -122,7 +137,7 @@ class CarriedWalk(Walk):
 
 
 # --- one broken environment per check ------------------------------------------------------------
-class WrongSpecDevice(Walk):
+class WrongSpecBounds(Walk):
     def __init__(self, rows: int | None = 3) -> None:
         super().__init__(rows)
         self._output_spec.unlock_(recurse=True)
@@ -178,7 +193,7 @@ class OutOfBounds(Walk):
         return {"position": self.position * far, "step_count": self.count.clone()}
 
 
-class WrongCategory(Walk):
+class BelowCount(Walk):
     def observe(self) -> dict[str, torch.Tensor]:
         return {"position": self.position.clone(), "step_count": self.count - 1}
 
@@ -224,7 +239,7 @@ class KeepsCount(Walk):
 
 
 class KeepsHiddenCount(Walk):
-    """The step count is shown from a second counter, so that only the truncation gives the leak away."""
+    """A second counter, which no reset sets back, truncates too: only the done flags give it away."""
 
     def __init__(self, rows: int | None = 3) -> None:
         super().__init__(rows)
@@ -232,7 +247,7 @@ class KeepsHiddenCount(Walk):
 
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
         self.total = self.total + 1
-        return self.position.abs() > 1, (self.count >= LIMIT) | (self.total % 50 == 0)
+        return self.position.abs() > 1, (self.count >= LIMIT) | (self.total % 7 == 0)
 
 
 class KeepsPosition(Walk):
@@ -248,27 +263,36 @@ class KeepsPosition(Walk):
         return {"position": shown, "step_count": self.count.clone()}
 
 
+class KeepsVelocity(Walk):
+    """Momentum, which is no part of the observation, is carried over into the next episode."""
+
+    velocity = 0.0
+
+    def move(self, action: torch.Tensor) -> torch.Tensor:
+        self.velocity = 0.8 * self.velocity + 0.2 * super().move(action)
+        return self.velocity
+
+
 class IgnoresSeed(Walk):
     def _set_seed(self, seed: int | None) -> None:
         pass
 
 
-class CountsEpisodes(Walk):
-    """Starts hashed from (seed, episode), but set_seed does not set the episode number back."""
-
-    episode = 0
-    start_seed = 0
+class CountsEpisodes(CountingWalk):
+    """set_seed does not set the episode number back."""
 
     def _set_seed(self, seed: int | None) -> None:
         self.start_seed = seed or 0
 
-    def draw_start(self) -> torch.Tensor:
-        self.episode += 1
-        generator = torch.Generator().manual_seed(1000 * self.start_seed + self.episode)
-        return torch.rand(self.position.shape, generator=generator) * 0.4 - 0.2
-
 
 class ConstantSeed(Walk):
+    def _set_seed(self, seed: int | None) -> None:
+        self.generator.manual_seed(7)
+
+
+class ConstantNoiseSeed(FixedWalk, NoisyWalk):
+    """The only randomness is in the steps, and every seed gives the same."""
+
     def _set_seed(self, seed: int | None) -> None:
         self.generator.manual_seed(7)
 
@@ -305,6 +329,19 @@ class AliasedReward(Walk):
         return self.buffer.copy_(super().reward())
 
 
+class InPlace(Walk):
+    """Returns its own state, and steps by writing into it."""
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        before = self.position
+        out = super()._step(tensordict)
+        self.position = before.copy_(self.position)
+        return out.set("position", self.position)
+
+    def observe(self) -> dict[str, torch.Tensor]:
+        return {"position": self.position, "step_count": self.count.clone()}
+
+
 class WritesInput(Walk):
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         tensordict["seen"] = torch.ones(*self.batch_size, 1)
@@ -313,7 +350,7 @@ class WritesInput(Walk):
 
 class WritesAction(Walk):
     def move(self, action: torch.Tensor) -> torch.Tensor:
-        return super().move(action.mul_(2).sub_(1).add_(1).div_(2, rounding_mode="floor").mul_(0))
+        return super().move(action.zero_())
 
 
 class RejectsAction(Walk):
@@ -345,6 +382,18 @@ class ResetsNone(Walk):
         return mask if bool(mask.all()) else torch.zeros_like(mask)
 
 
+class ResetsForShow(Walk):
+    """A partial reset returns a start, and the next step goes on with the old episode."""
+
+    def restart(self, mask: torch.Tensor) -> None:
+        self.shown = self.draw_start()
+        self.position = self.shown if bool(mask.all()) else self.position
+        self.count = torch.where(mask, 0, self.count)
+
+    def observe(self) -> dict[str, torch.Tensor]:
+        return {"position": torch.where(self.count == 0, self.shown, self.position), "step_count": self.count.clone()}
+
+
 class HiddenState(CarriedWalk):
     """Declares stateless = True, but counts steps on the instance."""
 
@@ -367,3 +416,7 @@ class SharedState(Walk):
     @position.setter
     def position(self, value: torch.Tensor) -> None:
         SharedState.where = value
+
+
+class BrokenInThreeWays(LateDtype, CrashesDeep, NanReward):
+    """One failure must not hide another."""

@@ -128,14 +128,13 @@ def _malformed(driver: Driver, in_reset: bool, action: Leaves | None, where: str
         return True
     found, malformed = leaves(raw), False
     for key, spec in {**driver.layout.observation, **({} if in_reset else driver.layout.reward)}.items():
-        value = found.get(key)
+        value, fixed = found.get(key), min(spec.shape, default=0) >= 0
         if key not in found:
             message = f"{show(key)} is missing from what {call} returns; a spec declares it"
             driver.findings.fail("keys", message, (place, key))
             malformed = True
-        elif isinstance(value, torch.Tensor) and min(spec.shape, default=0) >= 0:
-            if value.numel() != spec.shape.numel():
-                message = f"{show(key)} from {call} has shape {list(value.shape)}; its spec says {list(spec.shape)}"
-                driver.findings.fail("shape", message, (place, key))
-                malformed = True
+        elif isinstance(value, torch.Tensor) and fixed and value.numel() != spec.shape.numel():
+            message = f"{show(key)} from {call} has shape {list(value.shape)}; its spec says {list(spec.shape)}"
+            driver.findings.fail("shape", message, (place, key))
+            malformed = True
     return malformed

@@ -15,7 +15,7 @@ from fp8rl_torchrl.envs._conformance.layout import Layout, Leaves, extremes, lea
 from fp8rl_torchrl.envs._conformance.randomness import PrivateStream, seed_globals
 from fp8rl_torchrl.envs._conformance.window import Window
 
-MAX_CRASHES = 3
+MAX_CRASHES = 10
 KEPT_BYTES = 256 * 2**20
 
 Policy = Callable[[int, TensorDictBase], Leaves]

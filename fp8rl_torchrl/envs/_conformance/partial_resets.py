@@ -102,7 +102,7 @@ def _compare_partial_reset(driver: Driver, seed: int, mask: torch.Tensor, unrest
         before = data.clone()
         data = env.reset(data.copy().update(mask_alone(driver, mask)), select_reset_only=True)
         driver.check_running(data, "after a partial reset", of=mask)
-        # Drawing the new starts advanced the generators. With that undone, the other rows see the noise they would have.
+        # Drawing the new starts advanced the generators; with that undone, the other rows meet the same noise.
         restore()
         _follow(driver, before, data, plain, first_episode, mask, unrestarted)
     except Exception as error:

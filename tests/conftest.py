@@ -1,0 +1,39 @@
+"""What every test shares."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+# Tests run side by side, one core each; two threads that wait for one core spin.
+torch.set_num_threads(1)
+logging.getLogger("torchrl").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", category=FutureWarning, module="torchrl")
+
+_deselected = pytest.StashKey[int]()
+
+
+# The next three carry the number of deselected tests from pytest-xdist's workers into the summary line, where pytest
+# itself would print it: a path that is not run should be seen.
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    if items:
+        config = items[0].config
+        config.stash[_deselected] = config.stash.get(_deselected, 0) + len(items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["deselected"] = session.config.stash.get(_deselected, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:  # every worker deselects the same tests
+    reporter = node.config.pluginmanager.get_plugin("terminalreporter")
+    count = getattr(node, "workeroutput", {}).get("deselected", 0)
+    if reporter is not None and "deselected" not in reporter.stats and count:
+        reporter.stats["deselected"] = [SimpleNamespace()] * count
