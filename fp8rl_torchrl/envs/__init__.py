@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ConformanceReport", "CustomEnv", "EnvConformanceError", "EnvConformanceSuite", "check_env", "make"]
 
-# `gymnasium.make("fp8rl_torchrl.envs:fp8rl/CustomEnv-v0")` imports this package, which therefore registers the
+# `gymnasium.make("fp8rl_torchrl:fp8rl/CustomEnv-v0")` imports this package, which therefore registers the
 # environment, and loads all that needs torch only when it is asked for.
 register()
 __getattr__, __dir__ = lazy_names(

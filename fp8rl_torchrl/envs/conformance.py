@@ -19,6 +19,7 @@ from torchrl.envs import EnvBase
 
 from fp8rl_torchrl.envs._conformance.examine import examine
 from fp8rl_torchrl.envs._conformance.findings import ADVICE, CHECKS
+from fp8rl_torchrl.envs._conformance.randomness import isolated
 
 Status = Literal["passed", "failed", "not reached"]
 
@@ -139,7 +140,9 @@ def _check(env: EnvBase | Callable[[], EnvBase], seed: int, max_steps: int) -> C
     if not isinstance(env, EnvBase):
         if not callable(env):
             raise TypeError(f"expected a TorchRL environment or a function that builds one, got {type(env).__name__}")
-        factory, env = env, env()
+        factory = env
+        with isolated():
+            env = factory()
         if not isinstance(env, EnvBase):
             raise TypeError(f"the function must return a TorchRL environment, it returned {type(env).__name__}")
     try:

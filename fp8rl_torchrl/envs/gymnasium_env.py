@@ -55,7 +55,7 @@ class CustomGymnasiumEnv(gymnasium.Env):
         ValueError: If a constant or the render mode is not one that the environment can have.
 
     Example:
-        >>> env = gymnasium.make("fp8rl_torchrl.envs:fp8rl/CustomEnv-v0")
+        >>> env = gymnasium.make("fp8rl_torchrl:fp8rl/CustomEnv-v0")
         >>> observation, info = env.reset(seed=0)
     """
 

@@ -180,7 +180,7 @@ def test_the_callers_random_streams_and_modes_are_left_alone() -> None:
     np.random.seed(5)  # noqa: NPY002
     random.seed(5)
     with torch.no_grad():
-        check_env(broken.GlobalWalk(), max_steps=20)
+        check_env(broken.GlobalWalk, max_steps=20)
         assert not torch.is_grad_enabled()
     assert draws() == expected
 

@@ -303,7 +303,7 @@ def test_gymnasium_finds_it_by_package_name_without_loading_torch():
     code = (
         "import sys, gymnasium\n"
         "for make in (gymnasium.make, gymnasium.make_vec):\n"
-        "    env = make('fp8rl_torchrl.envs:fp8rl/CustomEnv-v0', render_mode='rgb_array')\n"
+        "    env = make('fp8rl_torchrl:fp8rl/CustomEnv-v0', render_mode='rgb_array')\n"
         "    env.reset(seed=0); env.render(); env.close(); env.close()\n"
         "print(sorted({'torch', 'torchrl', 'pygame'} & set(sys.modules)))"
     )

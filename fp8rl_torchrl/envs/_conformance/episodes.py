@@ -19,6 +19,8 @@ SEED_OFFSETS = (0, 1, 2, 3, 10, 1000, 2**16, 2**24)
 """Neighbours, and seeds far enough apart to notice one that is cut to its lowest digits or bits."""
 RESETS = 8
 """Resets per seed: 64 starts tell what is always the same at a start, and 8 tell two seeds apart."""
+COUNTERS = ("step_count", "episode_reward")
+"""What TorchRL's transforms call the entries that must start at the same value in every episode."""
 
 
 @dataclass
@@ -46,7 +48,9 @@ def compare(first: Run, second: Run) -> Difference | None:
             if key is None:
                 continue
         others = [k for k in a.next if k in b.next and not same(a.next[k], b.next[k])]
-        return Difference(step, key, bool(others) and all(_is_done(k) for k in others))
+        return Difference(
+            step, key, bool(others) and all(_last(k) in ("done", "terminated", "truncated") for k in others)
+        )
     return None
 
 
@@ -262,21 +266,35 @@ def _check_start(driver: Driver, key: Key, untouched: torch.Tensor, ends: list[t
             for new, _, rows in pairs
         ]
     )
-    # An element may be the same at every start by chance, a rare one: that shows in few of the starts, a leak in most.
-    often = (wrong.float().mean(0) >= 0.5) & (wrong.sum(0) >= (1 if constant.all() else 2))
-    if often.any() and not _counts_episodes(new):
-        element = int(often.nonzero()[0])
-        at = int(wrong[:, element].nonzero()[0])
-        index = f" element {element}" if expected.shape[-1] > 1 else ""
-        message = f"{show(key)}{index} starts at {new[at, element].item():g} after a finished episode"
-        was = f"its last value was {old[at, element].item():g}"
-        usual = expected.reshape(-1, expected.shape[-1])[0, element].item()
-        driver.findings.fail("fresh_episode", f"{message} ({was}); an untouched reset gives {usual:g}", key)
-    elif driver.findings.failed("aliasing"):
+    truncated = torch.cat([_flagged(frame, "truncated", batch)[rows].reshape(-1) for frame, rows in ends])
+    # An element may be the same at all untouched starts by chance; a leak shows in most starts after an episode, or in
+    # most after one that ended the same way.
+    for group in (torch.ones_like(truncated), truncated, ~truncated):
+        some = wrong[group]
+        least = 1 if _last(key) in COUNTERS else 2 if constant.all() else 3
+        often = (some.sum(0) * 2 >= max(len(some), 1)) & (some.sum(0) >= least)
+        if often.any() and not _counts_episodes(new):
+            element = int(often.nonzero()[0])
+            at = int((wrong[:, element] & group).nonzero()[0])
+            index = f" element {element}" if expected.shape[-1] > 1 else ""
+            message = f"{show(key)}{index} starts at {new[at, element].item():g} after a finished episode"
+            was = f"its last value was {old[at, element].item():g}"
+            usual = expected.reshape(-1, expected.shape[-1])[0, element].item()
+            driver.findings.fail("fresh_episode", f"{message} ({was}); an untouched reset gives {usual:g}", key)
+            return
+    if driver.findings.failed("aliasing"):
         return  # an overwritten buffer shows the new start where the last observation was
-    elif len(new) >= 2 and new.is_floating_point() and same(new, old) and not constant.all() and (old != old[0]).any():
+    if len(new) >= 2 and new.is_floating_point() and same(new, old) and not constant.all() and (old != old[0]).any():
         message = f"{show(key)} starts every episode at the last value of the one before"
         driver.findings.fail("fresh_episode", message, key)
+
+
+def _flagged(frame: Frame, name: str, batch: torch.Size) -> torch.Tensor:
+    """Where a done flag of this name is true, bool ``[*batch_size]``."""
+    flags = [flag for key, flag in frame.next.items() if _last(key) == name and flag.shape[: len(batch)] == batch]
+    if not flags:
+        return torch.zeros(batch, dtype=torch.bool)
+    return torch.stack([flag.reshape(*batch, -1).bool().any(-1).cpu() for flag in flags]).any(0)
 
 
 def _counts_episodes(values: torch.Tensor) -> bool:
@@ -323,5 +341,5 @@ def _distinct(sequence: list[Leaves]) -> int:
     return len(found)
 
 
-def _is_done(key: Key) -> bool:
-    return (key if isinstance(key, str) else key[-1]) in ("done", "terminated", "truncated")
+def _last(key: Key) -> str:
+    return key if isinstance(key, str) else key[-1]
