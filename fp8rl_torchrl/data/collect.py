@@ -72,3 +72,5 @@ class CollectorState:
         if "live_step" in state_dict:
             live = TensorDict(state_dict["live_step"], batch_size=collector.env.batch_size)
             collector._carrier = live if collector._carrier_has_no_device else live.to(collector.env.device)
+        else:
+            collector.reset()

@@ -263,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
             target: A function that builds a TorchRL environment, as package.module:function, or a Gymnasium id.
             seed: Seed of the environment and of the actions.
             max_steps: The longest rollout, in steps.
-            num_envs: Environments in the batch, for a Gymnasium id (default: no batch).
+            num_envs: Environments in the batch, for a Gymnasium id; None for a single one without a batch.
         """
         try:
             factory = _resolve(target, num_envs, seed)

@@ -146,7 +146,10 @@ class CustomEnv(EnvBase):
         index = torch.zeros((), dtype=torch.int64) if num_envs is None else torch.arange(num_envs)
         for name in ("_seed", "_index", "_episode"):
             self.register_buffer(name, index.to(self.device), persistent=False)
+        self._reseeded: torch.Tensor | None
+        self.register_buffer("_reseeded", None, persistent=False)
         self.set_seed(int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed)
+        self._reseeded = None  # so that a run that was saved elsewhere goes on here with its own seed
 
     def fresh(self, num_envs: int | None = None, seed: int | None = None) -> CustomEnv:
         """An independent environment with the same constants, on the same device.
@@ -162,7 +165,8 @@ class CustomEnv(EnvBase):
         dynamics, batch, device = self.dynamics, self.batch_size, self.device
         high = torch.tensor([dynamics.max_position, dynamics.max_velocity], device=device).expand(*batch, 2)
         low_reward, high_reward = dynamics.reward_range
-        returns = dynamics.max_steps * max(-low_reward, high_reward)
+        # Every addition of a float32 sum may round up by 2^-24 of the sum.
+        returns = dynamics.max_steps * max(-low_reward, high_reward) * (1 + dynamics.max_steps * 2.0**-23)
 
         def interval(bound: float, dtype: torch.dtype, *shape: int, low: float | None = None) -> Bounded:
             size = torch.Size((*batch, *shape))
@@ -199,8 +203,13 @@ class CustomEnv(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         if seed is None:
             return
+        count = self.batch_size.numel()
+        self._index = torch.arange(count, device=self.device).reshape(self.batch_size)
         self._seed = torch.full_like(self._index, seed & (2**63 - 1))
         self._episode = torch.full_like(self._index, -1)
+        # Running episodes still carry the old seed; until its next reset, an environment must not take it back from
+        # them. A collector, for one, is seeded after it has reset its environment.
+        self._reseeded = torch.ones_like(self._index, dtype=torch.bool)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         state = self._read(tensordict)
@@ -212,15 +221,21 @@ class CustomEnv(EnvBase):
         mask = None if tensordict is None else tensordict.get("_reset", None)
         if tensordict is not None and "state" in tensordict.keys():
             self._remember(self._read(tensordict))
-        new = 1 if mask is None else mask.reshape(self.batch_size).long()
+        new = torch.ones_like(self._episode) if mask is None else mask.reshape(self.batch_size).long()
         state = self.pure_reset(self._seed, self._index, self._episode + new)
-        self._remember(state)
+        self._seed, self._index, self._episode = state.seed, state.index, state.episode
+        if self._reseeded is not None:
+            self._reseeded = None if mask is None else self._reseeded & (new == 0)
         running = torch.zeros_like(self._episode, dtype=torch.bool)
         observation = torch.stack((state.position, state.velocity), -1)
         return self._write(state, observation, running, running)
 
     def _remember(self, state: CustomState) -> None:
-        self._seed, self._index, self._episode = state.seed, state.index, state.episode
+        seen = (state.seed, state.index, state.episode)
+        if self._reseeded is not None:
+            own = (self._seed, self._index, self._episode)
+            seen = tuple(torch.where(self._reseeded, mine, theirs) for mine, theirs in zip(own, seen, strict=True))
+        self._seed, self._index, self._episode = seen
 
     def _read(self, tensordict: TensorDictBase) -> CustomState:
         state = tensordict.get("state")

@@ -145,7 +145,7 @@ class ActorCritic(nn.Module):
         Returns:
             The distribution of batch shape ``[...]`` and the value, float32 ``[..., 1]``.
         """
-        observation = tensordict.get(self._observation_key)
+        observation = tensordict[self._observation_key]
         # The layers are called directly: a TensorDictModule costs more than a small layer does.
         encoder, head, _, _ = self._parts
         features = encoder.module(observation)
@@ -166,7 +166,7 @@ class ActorCritic(nn.Module):
         """
         _, _, encoder, head = self._parts
         if features is None:
-            features = encoder.module(tensordict.get(self._observation_key))
+            features = encoder.module(tensordict[self._observation_key])
         return head.module(features)
 
 

@@ -97,6 +97,7 @@ class ReplayedActorCriticLoss(LossModule):
         observed = actor_critic.value.in_keys
         stored = ["action", "action_log_prob", ("next", "reward"), ("next", "terminated")]
         self.in_keys: list[Any] = [*observed, *(("next", key) for key in observed), *stored]
+        self.out_keys = ["loss_actor", "loss_critic", "loss_entropy", "entropy", "importance_weight", "td_error"]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Compute the losses of a batch of transitions.
@@ -109,17 +110,20 @@ class ReplayedActorCriticLoss(LossModule):
         Returns:
             Float32 scalars: ``loss_actor``, ``loss_critic``, ``loss_entropy`` and, for logging, ``entropy`` (nats),
             ``importance_weight`` (mean, before truncation) and ``td_error`` (mean absolute).
+
+        Raises:
+            KeyError: If an entry is missing.
         """
-        following = tensordict.get("next")
+        following = tensordict["next"]
         with torch.no_grad():
             next_value = self.actor_critic.state_value(following).float()
-            going_on = ~following.get("terminated")
-            target = following.get("reward").float() + self.gamma * going_on * next_value
+            going_on = ~following["terminated"]
+            target = following["reward"].float() + self.gamma * going_on * next_value
         distribution, value = self.actor_critic.distribution_and_value(tensordict)
-        log_prob = distribution.log_prob(tensordict.get("action")).float()
+        log_prob = distribution.log_prob(tensordict["action"]).float()
         td_error = (target - value.float()).squeeze(-1)
 
-        ratio = (log_prob.detach() - tensordict.get("action_log_prob")).exp()
+        ratio = (log_prob.detach() - tensordict["action_log_prob"]).exp()
         weight = ratio.clamp(max=self.max_weight)
         entropy = _entropy(distribution).mean()
         return TensorDict(

@@ -54,8 +54,8 @@ class Precision:
             )
         if self.name not in _AVAILABLE:
             raise ValueError(f"unknown precision {self.name!r}; use one of {', '.join(_AVAILABLE)}")
-        if not self.init_scale > 0:
-            raise ValueError(f"init_scale must be > 0; got {self.init_scale}")
+        if not 0 < self.init_scale < float("inf"):
+            raise ValueError(f"init_scale must be > 0 and finite; got {self.init_scale}")
         if self.growth_interval < 1:
             raise ValueError(f"growth_interval must be >= 1; got {self.growth_interval}")
 
@@ -90,13 +90,11 @@ class Precision:
             UserWarning: If ``tf32`` is asked of a device that has none; the block then runs in FP32.
         """
         device = torch.device(device)
-        if self.name == "tf32":
-            with _tf32(device):
-                yield
-        else:
-            dtype = self.autocast_dtype
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                yield
+        dtype = self.autocast_dtype
+        products = _tf32(device) if self.name == "tf32" else contextlib.nullcontext()
+        # Without a dtype of its own, the block must not run in that of a surrounding autocast.
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None), products:
+            yield
 
 
 def has_tf32(device: torch.device | str) -> bool:
@@ -108,7 +106,7 @@ def has_tf32(device: torch.device | str) -> bool:
 @contextlib.contextmanager
 def _tf32(device: torch.device) -> Iterator[None]:
     if not has_tf32(device):
-        warnings.warn(f"{device.type} has no TF32: precision 'tf32' runs FP32 there", UserWarning, stacklevel=4)
+        warnings.warn(f"{device.type} has no TF32: precision 'tf32' runs FP32 there", UserWarning, stacklevel=5)
         yield
         return
     before = torch.backends.cuda.matmul.allow_tf32

@@ -68,7 +68,7 @@ def evaluate(
         Returns and lengths, ordered by environment and then by time.
 
     Raises:
-        ValueError: If ``episodes`` is not positive or the environment cannot be copied.
+        ValueError: If ``episodes`` is not positive, ``seed`` is out of range, or the environment cannot be copied.
         RuntimeError: If an episode does not end within ``max_episode_steps``.
 
     Example:
@@ -79,6 +79,8 @@ def evaluate(
     """
     if episodes < 1:
         raise ValueError(f"episodes must be >= 1; got {episodes}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2^32); got {seed}")
     exploration = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     with _random_streams_put_back(), _eval_mode(policy), torch.no_grad(), set_exploration_type(exploration):
         torch.manual_seed(seed)
@@ -120,9 +122,9 @@ def _independent_copy(env: Any, episodes: int, seed: int) -> EnvBase:
         return built
     # Asked of the class: a TransformedEnv hands the question on to the env inside, whose copy lacks the transforms.
     fresh = getattr(type(env), "fresh", None)
-    if fresh is not None:
-        return fresh(env, num_envs=min(episodes, MAX_PARALLEL), seed=seed)
     try:
+        if fresh is not None:
+            return fresh(env, num_envs=min(episodes, MAX_PARALLEL), seed=seed)
         copied = copy.deepcopy(env)
     except Exception as error:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import math
 import os
@@ -35,7 +36,9 @@ class MetricsFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.rows = read_metrics(self.path) if self.path.exists() else []
-        self.columns = list(self.rows[0]) if self.rows else []
+        self.columns: list[str] = []
+        if self.rows:
+            self._rewrite()  # so that the next row does not go on in a line that a kill cut short
 
     def append(self, row: Mapping[str, float]) -> None:
         """Add one row."""
@@ -52,8 +55,8 @@ class MetricsFile:
         self._rewrite()
 
     def _rewrite(self) -> None:
-        newest_first = {name: None for row in reversed(self.rows) for name in row}
-        self.columns = [*LEADING, *sorted(set(newest_first) - set(LEADING))] if self.rows else []
+        others = {name for row in self.rows for name in row} - set(LEADING)
+        self.columns = [*LEADING, *sorted(others)] if self.rows else []
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, restval="")
         if self.rows:
@@ -65,9 +68,7 @@ class MetricsFile:
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """Read a metrics file; empty cells become NaN. A line that a kill cut short is left out."""
     with Path(path).open(newline="") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        rows = [cells for cells in reader if len(cells) == len(header)]
+        header, *rows = csv.reader([line for line in file if line.endswith("\n")] or [""])
     return [{name: float(cell) if cell else math.nan for name, cell in zip(header, row, strict=True)} for row in rows]
 
 
@@ -103,14 +104,13 @@ class Loggers:
     ) -> None:
         from torchrl.record.loggers.tensorboard import TensorboardLogger
 
+        if wandb_project is not None:
+            require_wandb()
         self.loggers: list[Any] = [TensorboardLogger("tensorboard", log_dir=str(run_dir))]
         if wandb_project is not None:
             from torchrl.record.loggers.wandb import WandbLogger
 
-            try:
-                logger = WandbLogger(run_dir.name, project=wandb_project, save_dir=str(run_dir))
-            except ImportError as error:
-                raise ValueError('W&B is not installed; run: pip install "fp8rl_torchrl[wandb]"') from error
+            logger = WandbLogger(run_dir.name, project=wandb_project, save_dir=str(run_dir))
             logger.log_hparams(dict(config or {}))
             self.loggers.append(logger)
 
@@ -125,6 +125,16 @@ class Loggers:
         self.loggers[0].experiment.close()
         for logger in self.loggers[1:]:
             logger.experiment.finish()
+
+
+def require_wandb() -> None:
+    """Make sure that W&B can be used, before anything is written.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError('W&B is not installed; run: pip install "fp8rl_torchrl[wandb]"')
 
 
 def _finite(row: Mapping[str, float]) -> Iterator[tuple[str, float]]:

@@ -65,10 +65,10 @@ class RunFolder:
             RunFolderError: If this is not a run folder.
         """
         try:
-            return json.loads(self.config.read_text())["config"]
+            return dict(json.loads(self.config.read_text())["config"])
         except FileNotFoundError:
             raise RunFolderError(f"{self.path} is not a run folder: it has no config.json") from None
-        except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise RunFolderError(f"{self.config} cannot be read as a run's configuration: {error}") from error
 
 

@@ -47,7 +47,8 @@ class OptimStep(OptimizationStepper):
         scalers: The `torch.amp.GradScaler` of each loss key (``"loss"`` where there is one optimizer).
 
     Raises:
-        ValueError: If an optimizer is not fused, two of them share a parameter, or a number is out of range.
+        ValueError: If there is no optimizer, one is not fused or cannot skip a step exactly, two of them share a
+            parameter, a parameter is not float32, or a number is out of range.
         TypeError: If the target updater is neither a ``SoftUpdate`` nor a ``HardUpdate``.
 
     Example:
@@ -85,6 +86,8 @@ class OptimStep(OptimizationStepper):
             raise ValueError(f"accumulate must be >= 1; got {accumulate}")
         if not isinstance(target_updater, SoftUpdate | HardUpdate | None):
             raise TypeError(f"target_updater must be a SoftUpdate or a HardUpdate; got {type(target_updater).__name__}")
+        if not self.optimizers:
+            raise ValueError("give one optimizer, or {loss_key: optimizer} with an entry for each loss; got none")
         self._parameters = {key: _parameters_of(key, each) for key, each in self.optimizers.items()}
         _refuse_shared(self._parameters)
         self.device = next(iter(self._parameters.values()))[0].device
@@ -129,6 +132,10 @@ class OptimStep(OptimizationStepper):
     def _all(self) -> list[torch.optim.Optimizer]:
         return list(self.optimizers.values())
 
+    def _trainable(self, key: str) -> list[torch.Tensor]:
+        """An optimizer may hold frozen parameters, which can thaw at any time."""
+        return [parameter for parameter in self._parameters[key] if parameter.requires_grad]
+
     def _update(self, batch: TensorDictBase, compute_loss: Callable[[TensorDictBase], TensorDictBase]) -> TensorDict:
         with self.precision.autocast(self.device):
             outputs = compute_loss(batch)
@@ -164,9 +171,8 @@ class OptimStep(OptimizationStepper):
                     "log-probabilities, targets and losses keep their precision",
                     stacklevel=4,
                 )
-            for owner, parameters in self._parameters.items():
-                reached = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
-                reaches = any(gradient is not None for gradient in reached)
+            for owner in self.optimizers:
+                reaches = _reaches(loss, self._trainable(owner))
                 if owner == key and not reaches:
                     raise ValueError(f"{key!r} does not depend on any parameter of its optimizer")
                 if owner != key and reaches:
@@ -181,7 +187,7 @@ class OptimStep(OptimizationStepper):
         for place, (key, loss) in enumerate(losses.items()):
             self._finite[key] &= torch.isfinite(loss.detach())
             self.scalers[key].scale(loss / self.accumulate).backward(
-                inputs=self._parameters[key], retain_graph=place + 1 < len(losses)
+                inputs=self._trainable(key), retain_graph=place + 1 < len(losses)
             )
 
     def _apply(self, metrics: TensorDict) -> None:
@@ -256,12 +262,23 @@ class OptimStep(OptimizationStepper):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned; gradients that wait for the rest of their update are dropped."""
         for key, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state_dict["optimizers"][key])
             self.scalers[key].load_state_dict(state_dict["scalers"][key])
         self.updates.copy_(state_dict["updates"])
         self.skipped_steps.copy_(state_dict["skipped_steps"])
+        for optimizer in self._all():
+            optimizer.zero_grad(set_to_none=True)
+        self._calls, self._finite = 0, self._all_finite()
+
+
+def _reaches(loss: torch.Tensor, parameters: list[torch.Tensor]) -> bool:
+    """Whether the loss depends on any of the parameters."""
+    if not loss.requires_grad or not parameters:
+        return False
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    return any(gradient is not None for gradient in gradients)
 
 
 def _parameters_of(key: str, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -275,7 +292,20 @@ def _parameters_of(key: str, optimizer: torch.optim.Optimizer) -> list[torch.Ten
     low = sorted({str(p.dtype) for p in parameters if p.dtype != torch.float32})
     if low:
         raise ValueError(f"the parameters of {key!r} must be float32 master weights; found {', '.join(low)}")
+    if isinstance(optimizer, torch.optim.SGD):
+        _start_momentum(key, optimizer)
     return parameters
+
+
+def _start_momentum(key: str, optimizer: torch.optim.SGD) -> None:
+    """Start the momentum at zero: fused SGD leaves it uninitialised if its very first step is skipped."""
+    for group in optimizer.param_groups:
+        if group["momentum"] and group["dampening"]:
+            raise ValueError(
+                f"the optimizer of {key!r}, SGD with dampening, cannot skip its first step; drop dampening"
+            )
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def _refuse_shared(parameters: dict[str, list[torch.Tensor]]) -> None:

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import gymnasium
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 from torchrl.envs import (
+    ActionMask,
     Compose,
     EnvBase,
     GymEnv,
@@ -31,11 +33,20 @@ from fp8rl_torchrl.envs._conformance.findings import ADVICE, CHECKS
 from fp8rl_torchrl.envs.conformance import main
 
 REPOSITORY = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("broken", Path(__file__).with_name("broken.py"))
-assert _spec is not None
-assert _spec.loader is not None
-broken = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(broken)
+HERE = Path(__file__).parent
+
+
+def _load(name: str) -> ModuleType:
+    """A module beside this test, importable by the others under its own name, as in a user's directory."""
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+walk, broken = _load("walk"), _load("broken")
 
 STEPS = 60
 
@@ -115,7 +126,7 @@ def test_every_check_has_a_broken_environment_of_its_own_and_advice() -> None:
 @pytest.mark.parametrize("rows", [3, None])
 @pytest.mark.parametrize("name", ["Walk", "NoisyWalk", "GlobalWalk", "FixedWalk", "CarriedWalk", "CountingWalk"])
 def test_the_correct_twins_pass(name: str, rows: int | None) -> None:
-    report = check_env(lambda: getattr(broken, name)(rows), max_steps=STEPS)
+    report = check_env(lambda: getattr(walk, name)(rows), max_steps=STEPS)
     expected = set()
     if name == "FixedWalk":
         expected.add("seeds_differ")
@@ -146,7 +157,7 @@ def test_all_failures_are_listed_with_what_was_seen_and_what_to_do() -> None:
 
 
 def test_the_report_prints_an_aligned_table() -> None:
-    report = check_env(broken.Walk(), max_steps=STEPS)
+    report = check_env(walk.Walk(), max_steps=STEPS)
     assert isinstance(report, ConformanceReport)
     assert report.ok
     lines = str(report).splitlines()
@@ -180,13 +191,13 @@ def test_the_callers_random_streams_and_modes_are_left_alone() -> None:
     np.random.seed(5)  # noqa: NPY002
     random.seed(5)
     with torch.no_grad():
-        check_env(broken.GlobalWalk, max_steps=20)
+        check_env(walk.GlobalWalk, max_steps=20)
         assert not torch.is_grad_enabled()
     assert draws() == expected
 
 
 def test_the_environment_is_left_reset_under_the_seed() -> None:
-    env, fresh = broken.Walk(), broken.Walk()
+    env, fresh = walk.Walk(), walk.Walk()
     check_env(env, seed=3, max_steps=20)
     fresh.set_seed(3)
     fresh.reset()
@@ -195,7 +206,7 @@ def test_the_environment_is_left_reset_under_the_seed() -> None:
 
 
 def test_the_same_seed_gives_the_same_report() -> None:
-    first, second = (str(check_env(broken.NoisyWalk, seed=1, max_steps=30)) for _ in range(2))
+    first, second = (str(check_env(walk.NoisyWalk, seed=1, max_steps=30)) for _ in range(2))
     assert first == second
 
 
@@ -204,7 +215,7 @@ def test_what_is_no_environment_is_refused(env: object) -> None:
     with pytest.raises(TypeError, match="int"):
         check_env(env)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="max_steps"):
-        check_env(broken.Walk, max_steps=0)
+        check_env(walk.Walk, max_steps=0)
 
 
 FAST_CONFORMING = {
@@ -214,6 +225,7 @@ FAST_CONFORMING = {
     "CustomEnv": CustomEnv,
     "CustomEnv, 8": lambda: CustomEnv(8),
     "FrozenLake": lambda: GymEnv("FrozenLake-v1"),
+    "masked actions": lambda: TransformedEnv(walk.MaskedWalk(), ActionMask()),
     "CountingEnv": lambda: CountingEnv(max_steps=5),
 }
 CONFORMING = {
@@ -263,7 +275,8 @@ def test_the_command_line_passes_a_gymnasium_id(capsys: pytest.CaptureFixture[st
 
 
 def test_the_command_line_fails_a_broken_environment_from_the_current_directory(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(Path(broken.__file__ or "").read_text())
+    for name, copy in (("walk", "walk"), ("broken", "mine")):
+        (tmp_path / f"{copy}.py").write_text((HERE / f"{name}.py").read_text())
     result = subprocess.run(
         [sys.executable, str(REPOSITORY / "scripts" / "check_env.py"), "mine:NanReward", "--max-steps", "40"],
         cwd=tmp_path,

@@ -11,7 +11,7 @@ from fp8rl_torchrl.envs._conformance.findings import CHECKS
 
 pytest_plugins = ["pytester"]
 
-BROKEN = Path(__file__).with_name("broken.py")
+HERE = Path(__file__).parent
 
 
 class TestCustomEnv(EnvConformanceSuite):
@@ -19,11 +19,12 @@ class TestCustomEnv(EnvConformanceSuite):
     max_steps = 60
 
 
-def run_suite(pytester: pytest.Pytester, env: str) -> pytest.RunResult:
+def run_suite(pytester: pytest.Pytester, module: str, env: str) -> pytest.RunResult:
     pytester.makepyfile(
-        broken=BROKEN.read_text(),
+        walk=(HERE / "walk.py").read_text(),
+        broken=(HERE / "broken.py").read_text(),
         test_env=f"""
-            from broken import {env}
+            from {module} import {env}
             from fp8rl_torchrl.envs import EnvConformanceSuite
 
             class TestEnv(EnvConformanceSuite):
@@ -35,14 +36,14 @@ def run_suite(pytester: pytest.Pytester, env: str) -> pytest.RunResult:
 
 
 def test_one_test_per_check_and_only_the_broken_one_fails(pytester: pytest.Pytester) -> None:
-    result = run_suite(pytester, "NanReward")
+    result = run_suite(pytester, "broken", "NanReward")
     result.assert_outcomes(failed=1, skipped=1, passed=len(CHECKS) - 2)
     result.stdout.fnmatch_lines(["*'reward' (next)*is not finite*"])
     result.stdout.fnmatch_lines(["FAILED test_env.py::TestEnv::test_finite*"])
 
 
 def test_the_correct_twin_passes_and_skips_with_a_reason(pytester: pytest.Pytester) -> None:
-    result = run_suite(pytester, "Walk")
+    result = run_suite(pytester, "walk", "Walk")
     result.assert_outcomes(skipped=1, passed=len(CHECKS) - 1)
 
 

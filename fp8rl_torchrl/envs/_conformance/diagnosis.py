@@ -62,6 +62,8 @@ def refusal(driver: Driver, action: Leaves) -> Exception | None:
         data = driver.env.reset()
     except Exception:
         return None
+    if not driver.allowed(action):
+        return None
     try:
         driver.env.step(driver.put(data, {key: value.clone() for key, value in action.items()}))
     except Exception as error:
@@ -87,14 +89,13 @@ def _rejects(driver: Driver, action: Leaves) -> bool:
     """Whether a fresh episode refuses this action but takes another one."""
     if refusal(driver, action) is None:
         return False
-    for _ in range(8):
-        try:
-            other = driver.random_action(driver.env.reset())
-        except Exception:
-            return False
-        if refusal(driver, other) is None:
-            return True
-    return False
+    try:
+        data = driver.env.reset()
+        others = [driver.random_action(data) for _ in range(8)]
+        others += [other for _, other in driver.extreme_actions(data)]
+    except Exception:
+        return False
+    return any(refusal(driver, other) is None for other in others)
 
 
 def _needs_more_than_mask(driver: Driver) -> bool:

@@ -11,7 +11,7 @@ from torchrl.envs import AutoResetTransform, EnvBase, TransformedEnv, VecGymEnvT
 
 from fp8rl_torchrl.envs._conformance.diagnosis import blame, describe
 from fp8rl_torchrl.envs._conformance.findings import Findings
-from fp8rl_torchrl.envs._conformance.layout import Layout, Leaves, extremes, leaves, same, show
+from fp8rl_torchrl.envs._conformance.layout import Layout, Leaves, extremes, leaves, same, show, spec_leaves
 from fp8rl_torchrl.envs._conformance.randomness import PrivateStream, seed_globals
 from fp8rl_torchrl.envs._conformance.window import Window
 
@@ -148,6 +148,11 @@ class Driver:
             drawn = self.env.rand_action(data.copy())
         return {key: drawn.get(key).clone() for key in self.layout.action}
 
+    def allowed(self, action: Leaves) -> bool:
+        """Whether an action is inside the spec now: a mask may change it from step to step."""
+        specs = spec_leaves(self.env.full_action_spec)
+        return all(getattr(spec, "mask", None) is None or bool(spec.is_in(action[key])) for key, spec in specs.items())
+
     def put(self, data: TensorDictBase, action: Leaves) -> TensorDictBase:
         """Write an action into a TensorDict."""
         for key, value in action.items():
@@ -160,15 +165,15 @@ class Driver:
         return lambda step, data: self.random_action(data)
 
     def held(self, action: Leaves) -> Policy:
-        """One action for ever, to drive the environment to the borders of its state space."""
-        return lambda step, data: copies(action)
+        """One action for as long as the spec allows it, to drive the environment to the borders of its state space."""
+        return lambda step, data: copies(action) if self.allowed(action) else self.random_action(data)
 
     def sticky(self, period: int = 20) -> Policy:
-        """Random actions held for ``period`` steps each."""
+        """Random actions held for ``period`` steps each, or until the spec no longer allows them."""
         current: Leaves = {}
 
         def act(step: int, data: TensorDictBase) -> Leaves:
-            if step % period == 0:
+            if step % period == 0 or not self.allowed(current):
                 current.update(self.random_action(data))
             return copies(current)
 
@@ -181,7 +186,7 @@ class Driver:
     def extreme_actions(self, data: TensorDictBase) -> list[tuple[str, Leaves]]:
         """Each action entry at its extremes, the others random."""
         found = []
-        for key, spec in self.layout.action.items():
+        for key, spec in spec_leaves(self.env.full_action_spec).items():
             for label, value in extremes(spec):
                 found.append((f"{show(key)} = {label}", {**self.random_action(data), key: value}))
         return found

@@ -67,7 +67,7 @@ def check_starts(driver: Driver, seed: int) -> tuple[list[list[Leaves]], list[Ru
             return None
         starts.append(sequence)
         policy = driver.replay(runs[0].actions) if runs else driver.random()
-        runs.append(driver.run(seed + offset, len(runs[0].frames) if runs else 24, policy, check=False))
+        runs.append(driver.run(seed + offset, len(runs[0].frames) if runs else 16, policy, check=False))
     if not driver.seedable:
         return starts, runs
     findings.reach("reset_seed")
