@@ -13,11 +13,10 @@ from typing import Annotated
 
 import torch
 import tyro
-from torchrl.checkpoint import Checkpoint
 
 from fp8rl_torchrl import EvalResult, evaluate
-from fp8rl_torchrl.recipes import RECIPES, build
-from fp8rl_torchrl.training.checkpoint import latest_checkpoint
+from fp8rl_torchrl.recipes import build, config_class
+from fp8rl_torchrl.training.checkpoint import latest_checkpoint, load_agent
 from fp8rl_torchrl.training.run_folder import RunFolder
 from fp8rl_torchrl.training.video import record_video
 
@@ -33,7 +32,7 @@ class Options:
     seed: int = 1_000_003
     """Seed of the evaluation episodes."""
     checkpoint: str | None = None
-    """A folder in RUN/checkpoints; by default the newest."""
+    """The folder of a checkpoint; by default the newest in RUN/checkpoints."""
     device: str = "auto"
     """Where to run: cpu, cuda, ...; auto takes cuda if there is one."""
     json: bool = False
@@ -53,20 +52,18 @@ def main(argv: list[str]) -> int:
     try:
         folder = RunFolder(options.run)
         saved = folder.read_config()
-        config_class = RECIPES[saved.get("algo", "actor-critic")][0]
-        config = dataclasses.replace(config_class.from_dict(saved), device=options.device)
-        checkpoint = Path(options.checkpoint) if options.checkpoint else latest_checkpoint(folder.checkpoints)
-        if not Checkpoint.is_checkpoint(checkpoint):
-            raise ValueError(f"{checkpoint} is not a checkpoint")
+        config = config_class(saved.get("algo", "actor-critic")).from_dict(saved)
+        config = dataclasses.replace(config, device=options.device)
+        checkpoint = options.checkpoint or latest_checkpoint(folder.checkpoints)
         if options.video and Path(options.video).suffix not in (".gif", ".mp4"):
             raise ValueError(f"--video takes a .gif or .mp4 file; got {options.video}")
         torch.set_num_threads(config.num_threads)
         pipeline = build(config)
-        Checkpoint(agent=pipeline.agent).load(checkpoint, map_location=str(pipeline.env.device))
+        load_agent(pipeline.agent, checkpoint, pipeline.env.device)
         result = evaluate(pipeline.agent.policy, pipeline.env, options.episodes, seed=options.seed)
         if options.video:
             record_video(pipeline.agent.policy, config.env, options.video, seed=options.seed)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(as_json(result) if options.json else as_table(result, f"{config.env}, {checkpoint}"))

@@ -13,10 +13,10 @@ import tyro
 from tqdm import tqdm
 
 from fp8rl_torchrl.data import CollectorState, restores_exactly
-from fp8rl_torchrl.recipes import RECIPES, RecipeConfig, build
-from fp8rl_torchrl.training.checkpoint import PipelineCheckpoints
+from fp8rl_torchrl.recipes import RecipeConfig, build, config_class
+from fp8rl_torchrl.training.checkpoint import PipelineCheckpoints, latest_checkpoint
 from fp8rl_torchrl.training.loop import Report
-from fp8rl_torchrl.training.metrics import Loggers
+from fp8rl_torchrl.training.metrics import Loggers, require_wandb
 from fp8rl_torchrl.training.run import Run
 from fp8rl_torchrl.training.run_folder import RunFolder
 
@@ -42,16 +42,15 @@ class Options(Generic[Config]):
 class Progress:
     """A progress bar, and a line of the average return every so many episodes."""
 
-    def __init__(self, config: RecipeConfig, first: Report | None = None) -> None:
+    def __init__(self, config: RecipeConfig) -> None:
         self.config = config
         self.by_frames = config.total_frames is not None
-        total, unit = (config.total_frames, "frame") if self.by_frames else (config.episodes, "episode")
-        self.bar = tqdm(total=total, unit=f" {unit}s", dynamic_ncols=True, unit_scale=self.by_frames)
-        self.printed = 0
 
     def start_at(self, frames: int, episodes: int) -> None:
-        """Begin where a resumed run stands."""
-        self.bar.update(frames if self.by_frames else episodes)
+        """Show the bar, at the place where a resumed run stands."""
+        total, unit = self.config.total_frames or self.config.episodes, "frame" if self.by_frames else "episode"
+        done = min(frames if self.by_frames else episodes, total)
+        self.bar = tqdm(total=total, initial=done, unit=f" {unit}s", dynamic_ncols=True, unit_scale=self.by_frames)
         self.printed = episodes // self.config.report_every
         self.bar.write(" episodes     frames  return (last 100)  length  updates  skipped")
 
@@ -81,7 +80,11 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(config.num_threads)
         pipeline = build(config)
         folder = RunFolder(options.resume or options.run_dir or config.default_run_dir())
-        if not options.resume:
+        if options.wandb is not None:
+            require_wandb()
+        if options.resume:
+            latest_checkpoint(folder.checkpoints)  # nothing is written to a folder that cannot be resumed
+        else:
             folder.create(config.to_dict())
         checkpoints = PipelineCheckpoints(pipeline, CollectorState(pipeline.collector), folder.checkpoints)
         loggers = Loggers(folder.path, options.wandb, config.to_dict())
@@ -90,7 +93,7 @@ def main(argv: list[str]) -> int:
         run = Run(pipeline, checkpoints, folder, loggers, config, title, progress)
         if options.resume:
             run.resume()
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.resume and not restores_exactly(pipeline.env):
@@ -112,14 +115,14 @@ def parse(argv: list[str]) -> tuple[RecipeConfig, Options[Any]]:
     saved = _peek(argv, "--resume")
     if saved is not None:
         options = RunFolder(saved).read_config()
-        config_class = _config_class(options.get("algo", "actor-critic"))
-        default = config_class.from_dict(options)
+        recipe = config_class(options.get("algo", "actor-critic"))
+        default = recipe.from_dict(options)
     else:
-        config_class = _config_class(_peek(argv, "--algo") or "actor-critic")
-        default = config_class()
+        recipe = config_class(_peek(argv, "--algo") or "actor-critic")
+        default = recipe()
 
     parsed: Options[Any] = tyro.cli(
-        tyro.conf.OmitArgPrefixes[Options[config_class]],
+        tyro.conf.OmitArgPrefixes[Options[recipe]],
         description=__doc__,
         args=argv,
         default=Options(config=default),
@@ -152,12 +155,6 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         print(f"{name:<18} {value}")
 
 
-def _config_class(algo: str) -> type[RecipeConfig]:
-    if algo not in RECIPES:
-        raise ValueError(f"unknown algo {algo!r}; use one of {', '.join(RECIPES)}")
-    return RECIPES[algo][0]
-
-
 def _peek(argv: list[str], option: str) -> str | None:
     """The value of an option, read before the others can be parsed: it decides which others there are."""
     for place, word in enumerate(argv):
@@ -173,4 +170,7 @@ def _flags(names: Any) -> str:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="torchrl")
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # before or after training, or a second time while a run comes to its end
+        sys.exit(130)

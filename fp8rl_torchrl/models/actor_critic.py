@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import InteractionType, TensorDictModule, TensorDictSequential
 from torch import nn
 from torch.distributions import Categorical, Distribution
 from torchrl.data import Bounded, TensorSpec
@@ -81,6 +81,7 @@ class ActorCritic(nn.Module):
                 distribution_class=distribution,
                 distribution_kwargs=options,
                 return_log_prob=True,
+                default_interaction_type=InteractionType.RANDOM,  # TorchRL's own default is the mode
             )
 
         if critic_encoder is None:

@@ -9,12 +9,23 @@ from fp8rl_torchrl.recipes.actor_critic import ActorCriticConfig, build_actor_cr
 from fp8rl_torchrl.recipes.wiring import RecipeConfig
 from fp8rl_torchrl.training.loop import Pipeline
 
-__all__ = ["RECIPES", "ActorCriticConfig", "RecipeConfig", "build"]
+__all__ = ["RECIPES", "ActorCriticConfig", "RecipeConfig", "build", "config_class"]
 
 RECIPES: dict[str, tuple[type[RecipeConfig], Callable[[Any], Pipeline]]] = {
     "actor-critic": (ActorCriticConfig, build_actor_critic),
 }
 """Each recipe's configuration and builder, by the name that command lines use."""
+
+
+def config_class(algo: str) -> type[RecipeConfig]:
+    """The configuration class of a recipe, by the name that command lines use.
+
+    Raises:
+        ValueError: If there is no such recipe.
+    """
+    if algo not in RECIPES:
+        raise ValueError(f"unknown algo {algo!r}; use one of {', '.join(RECIPES)}")
+    return RECIPES[algo][0]
 
 
 def build(config: RecipeConfig) -> Pipeline:
@@ -30,8 +41,8 @@ def build(config: RecipeConfig) -> Pipeline:
         TypeError: If the configuration belongs to no recipe.
         ValueError: If it names something that does not exist here.
     """
-    for config_class, builder in RECIPES.values():
-        if type(config) is config_class:
+    for known, builder in RECIPES.values():
+        if type(config) is known:
             return builder(config)
     names = ", ".join(each.__name__ for each, _ in RECIPES.values())
     raise TypeError(f"build takes one of {names}; got {type(config).__name__}")

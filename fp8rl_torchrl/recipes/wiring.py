@@ -125,10 +125,13 @@ class RecipeConfig(LoopConfig, RunSchedule):
         """The configuration that `to_dict` described.
 
         Raises:
-            ValueError: If an option is unknown.
+            ValueError: If an option is unknown, or its value is not one that it can have.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(options) - known):
             raise ValueError(f"unknown options {', '.join(unknown)}; this version knows {', '.join(sorted(known))}")
         values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"an option has a value of the wrong kind: {error}") from error

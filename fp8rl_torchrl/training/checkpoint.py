@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
 
-from fp8rl_torchrl.training.loop import Pipeline
+from fp8rl_torchrl.training.loop import Agent, Pipeline
 
 KEEP = 2
 
@@ -64,11 +65,30 @@ class PipelineCheckpoints:
         """
         for leftover in self.directory.glob(".checkpoint-*"):
             shutil.rmtree(leftover, ignore_errors=True)  # a save that was killed half-way
-        latest = latest_checkpoint(self.directory)
-        try:
-            self.checkpoint.load(latest)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint {latest} does not fit this run: {error}") from error
+        _load(self.checkpoint, latest_checkpoint(self.directory))
+
+
+def load_agent(agent: Agent, checkpoint: str | Path, device: torch.device | str) -> None:
+    """Restore the networks alone from one checkpoint.
+
+    Args:
+        agent: The networks, built as they were for the run.
+        checkpoint: The checkpoint's folder.
+        device: Where the networks are.
+
+    Raises:
+        CheckpointError: If this is no checkpoint, or it does not fit the networks.
+    """
+    if not Checkpoint.is_checkpoint(checkpoint):
+        raise CheckpointError(f"{checkpoint} is not a checkpoint")
+    _load(Checkpoint(agent=agent), Path(checkpoint), map_location=str(device))
+
+
+def _load(checkpoint: Checkpoint, path: Path, **options: Any) -> None:
+    try:
+        checkpoint.load(path, **options)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint {path} does not fit this run: {error}") from error
 
 
 def latest_checkpoint(directory: str | Path) -> Path:

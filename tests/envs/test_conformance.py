@@ -48,7 +48,7 @@ def _load(name: str) -> ModuleType:
 
 walk, broken = _load("walk"), _load("broken")
 
-STEPS = 60
+STEPS = 40
 
 # What each broken environment fails. Where there is more than one name, the others follow from the first:
 # an episode that does not end walks out of its bounds, and a key written into the input is one too many.

@@ -178,9 +178,11 @@ def test_nothing_leaks_out_of_the_block(layer, features, name, fails):
     assert torch.equal(layer(features), reference)
 
 
+# BF16 inside FP16 is not here: torch keeps the casts of weights until the outermost block ends, whatever their format.
 @pytest.mark.parametrize("outer", ["bf16", "fp16"])
-@pytest.mark.parametrize("inner", NAMES)
+@pytest.mark.parametrize("inner", ["fp32", "tf32", "the outer one"])
 def test_the_innermost_block_decides_and_the_outer_one_comes_back(layer, features, outer, inner):
+    inner = outer if inner == "the outer one" else inner
     with autocast(outer):
         with autocast(inner):
             assert layer(features).dtype == DTYPES[inner]

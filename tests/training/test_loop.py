@@ -240,7 +240,7 @@ def test_a_pipeline_of_the_users_own_parts():
     assert isinstance(reports[0], Report)
 
 
-# --------------------------------------------------------------------------------------------------------- configuration
+# -------------------------------------------------------------------------------------------------------- configuration
 
 
 @pytest.mark.parametrize("name", ["episodes", "updates_per_collection", "min_replay", "total_frames"])

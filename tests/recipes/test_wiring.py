@@ -1,0 +1,184 @@
+"""What every recipe's configuration refuses, saves and stands for."""
+
+import dataclasses
+import datetime
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fp8rl_torchrl import recipes
+from fp8rl_torchrl.envs import CustomEnv
+from fp8rl_torchrl.recipes import RECIPES, RecipeConfig, build, config_class, wiring
+from fp8rl_torchrl.recipes.wiring import seed_everything
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"episodes": 0}, "episodes must be >= 1; got 0"),
+        ({"total_frames": 0}, "total_frames must be >= 1; got 0"),
+        ({"updates_per_collection": 0}, "updates_per_collection must be >= 1"),
+        ({"min_replay": 0}, "min_replay must be >= 1"),
+        ({"eval_every": -1}, "eval_every must be >= 0"),
+        ({"eval_episodes": 0}, "eval_episodes must be >= 1"),
+        ({"final_eval_episodes": 0}, "final_eval_episodes must be >= 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be >= 1"),
+        ({"precision": "banana"}, "unknown precision 'banana'; use one of fp32, tf32, bf16, fp16"),
+        ({"precision": "fp8"}, "not available in this version"),
+        ({"init_scale": 0.0}, "init_scale must be > 0"),
+        ({"growth_interval": 0}, "growth_interval must be >= 1"),
+        ({"num_threads": 0}, "num_threads must be >= 1"),
+        ({"num_envs": 0}, "num_envs must be >= 1"),
+        ({"frames_per_collection": 0}, "frames_per_collection must be >= 1"),
+        ({"report_every": 0}, "report_every must be >= 1"),
+        ({"frames_per_collection": 100, "num_envs": 64}, "must be a multiple of num_envs; got 100 and 64"),
+        ({"hidden": ()}, r"hidden must name at least one layer, each at least 1 wide; got \(\)"),
+        ({"hidden": (64, 0)}, "hidden must name at least one layer"),
+        ({"lr": 0.0}, "lr must be > 0; got 0.0"),
+        ({"lr": NAN}, "lr must be > 0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be > 0"),
+        ({"gamma": 1.5}, r"gamma must lie in \[0, 1\]; got 1.5"),
+        ({"gamma": NAN}, r"gamma must lie in \[0, 1\]"),
+        ({"seed": -1}, r"seed must lie in \[0, 2\^32\); got -1"),
+        ({"seed": 2**32}, r"seed must lie in \[0, 2\^32\)"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RecipeConfig(**options)
+
+
+def test_the_limits_themselves_can_be_run():
+    RecipeConfig(episodes=1, total_frames=1, eval_every=0, gamma=0.0, seed=2**32 - 1, hidden=(1,), num_envs=1)
+    RecipeConfig(gamma=1.0, frames_per_collection=64, num_envs=64)
+
+
+def test_the_documented_defaults():
+    config = RecipeConfig()
+    assert (config.env, config.precision, config.hidden, config.lr) == ("CustomEnv", "bf16", (64, 64), 1e-3)
+    assert (config.gamma, config.episodes, config.report_every) == (0.99, 2000, 100)
+
+
+def test_a_configuration_cannot_be_changed_and_takes_no_positions():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RecipeConfig().seed = 1
+    with pytest.raises(TypeError):
+        RecipeConfig("CustomEnv")
+
+
+def test_every_field_is_documented_beneath_it():
+    import ast
+    import inspect
+
+    for cls in {each for config in (*[c for c, _ in RECIPES.values()],) for each in config.__mro__[:-1]}:
+        (body,) = ast.parse(inspect.getsource(cls)).body
+        for field, following in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign):
+                documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                assert documented, f"{cls.__name__}.{field.target.id}"
+
+
+@pytest.mark.parametrize("config", [cls for cls, _ in RECIPES.values()])
+def test_options_survive_a_round_trip_through_json(config):
+    written = config(env="CartPole-v1", precision="fp16", hidden=(32, 16, 8), total_frames=1024, seed=7, lr=3e-4)
+    read = config.from_dict(json.loads(json.dumps(written.to_dict())))
+    assert read == written
+    assert read.hidden == (32, 16, 8)
+    assert read != config()
+    assert config.from_dict(config().to_dict()) == config()
+
+
+def test_unknown_and_wrong_options_are_refused():
+    with pytest.raises(ValueError, match=r"unknown options colour, size; this version knows .*checkpoint_every"):
+        RecipeConfig.from_dict({"size": 3, "seed": 0, "colour": "red"})
+    with pytest.raises(ValueError, match="an option has a value of the wrong kind"):
+        RecipeConfig.from_dict({"num_envs": "many"})
+    with pytest.raises(ValueError, match="lr must be > 0"):
+        RecipeConfig.from_dict({"lr": -1.0})
+
+
+# --------------------------------------------------------------------------------------------------------- resolving
+
+
+@pytest.mark.parametrize(("there_is_one", "device"), [(True, "cuda"), (False, "cpu")])
+def test_auto_is_cuda_where_there_is_one(there_is_one, device, monkeypatch):
+    made = []
+    monkeypatch.setattr(wiring.torch.cuda, "is_available", lambda: there_is_one)
+    monkeypatch.setattr(wiring.torch, "empty", lambda *shape, device: made.append(device))
+    config = RecipeConfig(seed=3).resolved()
+    assert config == RecipeConfig(seed=3, device=device)
+    assert made == [device], "a device is tried out before anything is built"
+
+
+def test_a_named_device_is_kept():
+    assert RecipeConfig(device="cpu").resolved().device == "cpu"
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:99", "cpu:x", ""])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here: ."):
+        RecipeConfig(device=device).resolved()
+
+
+def test_the_run_folder_is_named_by_what_runs(monkeypatch):
+    class Now(datetime.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(wiring.datetime, "datetime", Now)
+    config = config_class("actor-critic")(precision="fp16", seed=7)
+    assert config.default_run_dir() == "runs/actor-critic-CustomEnv-fp16-s7-20260102-030405"
+    other = dataclasses.replace(config, env="fp8rl/CustomEnv-v0")
+    assert other.default_run_dir() == "runs/actor-critic-fp8rl-CustomEnv-v0-fp16-s7-20260102-030405"
+
+
+def test_the_precision_has_the_configured_loss_scaling():
+    precision = RecipeConfig(precision="fp16", init_scale=8.0, growth_interval=3).make_precision()
+    assert (precision.name, precision.init_scale, precision.growth_interval) == ("fp16", 8.0, 3)
+
+
+def test_the_environment_is_the_one_named():
+    env = RecipeConfig(num_envs=3, frames_per_collection=9, device="cpu", seed=5).make_env()
+    assert isinstance(env, CustomEnv)
+    assert env.batch_size == (3,)
+    assert torch.equal(env.reset()["observation"], CustomEnv(num_envs=3, seed=5).reset()["observation"])
+    with pytest.raises(ValueError, match="NoSuchEnv-v0"):
+        RecipeConfig(env="NoSuchEnv-v0", device="cpu").make_env()
+
+
+def test_all_global_random_streams_are_seeded():
+    def draws():
+        return torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()  # noqa: NPY002
+
+    seed_everything(3)
+    first = draws()
+    seed_everything(3)
+    assert draws() == first
+    seed_everything(4)
+    second = draws()
+    assert all(a != b for a, b in zip(first, second, strict=True))
+    assert draws() != second
+
+
+# ------------------------------------------------------------------------------------------------------ by name
+
+
+@pytest.mark.parametrize("config", [RecipeConfig(), None, {"env": "CustomEnv"}, "actor-critic"])
+def test_build_refuses_what_belongs_to_no_recipe(config):
+    with pytest.raises(TypeError, match=f"build takes one of ActorCriticConfig; got {type(config).__name__}"):
+        build(config)
+
+
+def test_recipes_are_found_by_name():
+    for name, (config, _) in RECIPES.items():
+        assert config_class(name) is config
+        assert config().algo == name
+        assert config.__name__ in recipes.__all__
+    with pytest.raises(ValueError, match="unknown algo 'ppo2'; use one of actor-critic"):
+        config_class("ppo2")
