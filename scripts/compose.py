@@ -6,7 +6,7 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 import fp8rl_torchrl as f8
 
-env = f8.envs.CustomEnv(num_envs=64, seed=0)
+env = f8.envs.CustomEnv(num_envs=128, seed=0)
 agent = f8.ActorCritic.for_env(env, hidden=(64, 64))
 collector = Collector(env, agent.policy, frames_per_batch=1024, total_frames=-1, auto_register_policy_transforms=False)
 replay = TensorDictReplayBuffer(storage=LazyTensorStorage(10_000), batch_size=64)

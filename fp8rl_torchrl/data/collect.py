@@ -70,7 +70,7 @@ class CollectorState:
         if collector.track_traj_ids:
             collector._traj_pool.load_state_dict(state_dict["traj_pool"])
         if "live_step" in state_dict:
-            live = TensorDict(state_dict["live_step"], batch_size=collector.env.batch_size)
+            live = TensorDict(state_dict["live_step"], batch_size=collector.env.batch_size).clone()
             collector._carrier = live if collector._carrier_has_no_device else live.to(collector.env.device)
         else:
             collector.reset()

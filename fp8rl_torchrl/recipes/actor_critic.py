@@ -39,7 +39,7 @@ class ActorCriticConfig(RecipeConfig):
     """Weight of the critic's loss."""
     entropy_coeff: float = 0.05
     """Weight of the entropy bonus."""
-    lr_decay_updates: int = 11_000
+    lr_decay_updates: int = 8500
     """The learning rate falls linearly over this many updates ..."""
     lr_final: float = 0.05
     """... to this fraction of lr, and stays there."""

@@ -48,7 +48,7 @@ class RecipeConfig(LoopConfig, RunSchedule):
     """Where to run: cpu, cuda, cuda:1, ...; auto takes cuda if there is one."""
     num_threads: int = 1
     """CPU threads; one is fastest for small networks, more pay off from a width of about 256."""
-    num_envs: int = 64
+    num_envs: int = 128
     """Environments stepped side by side."""
     frames_per_collection: int = 1024
     """Environment steps between two phases of updates, over all environments."""
@@ -57,7 +57,7 @@ class RecipeConfig(LoopConfig, RunSchedule):
     lr: float = 1e-3
     """Learning rate at the start."""
     gamma: float = 0.99
-    """Discount."""
+    """Discount of rewards to come, per step."""
     max_grad_norm: float = 0.5
     """Gradients are clipped to this 2-norm."""
     report_every: int = 100

@@ -32,7 +32,7 @@ class LoopConfig:
     """Train until this many episodes have ended. Not used if total_frames is given."""
     total_frames: int | None = None
     """Train for this many environment steps instead."""
-    updates_per_collection: int = 32
+    updates_per_collection: int = 24
     """Optimizer steps after each collection."""
     min_replay: int = 1000
     """Learning starts when this many transitions are stored."""

@@ -143,11 +143,11 @@ class OptimStep(OptimizationStepper):
         if not self._checked:
             self._check_once(losses)
         self._backward(losses)
-        metrics = TensorDict({key: value.detach() for key, value in outputs.items()}, batch_size=[])
+        metrics: dict[Any, torch.Tensor] = {key: value.detach() for key, value in outputs.items()}
         self._calls += 1
         if self._calls % self.accumulate == 0:
             self._apply(metrics)
-        return metrics
+        return TensorDict(metrics, batch_size=[])
 
     def _select_losses(self, outputs: TensorDictBase) -> dict[str, torch.Tensor]:
         found = {key: value for key, value in outputs.items() if isinstance(key, str) and key.startswith("loss")}
@@ -190,7 +190,7 @@ class OptimStep(OptimizationStepper):
                 inputs=self._trainable(key), retain_graph=place + 1 < len(losses)
             )
 
-    def _apply(self, metrics: TensorDict) -> None:
+    def _apply(self, metrics: dict[Any, torch.Tensor]) -> None:
         applied = torch.ones((), dtype=torch.bool, device=self.device)
         self._set_learning_rates()
         for key, optimizer in self.optimizers.items():

@@ -1,5 +1,7 @@
 """Collecting: what arrives, and that a stopped collector continues exactly where the environment allows it."""
 
+import itertools
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -95,6 +97,10 @@ def test_the_saved_state_holds_tensors_of_its_own():
     state = CollectorState(collector).state_dict()
     before = TensorDict(state["live_step"], batch_size=[3]).clone()
     next(experience)
+    collector.reset()  # works in place
+    assert_same(TensorDict(state["live_step"], batch_size=[3]), before)
+    CollectorState(collector).load_state_dict(state)
+    collector.reset()
     assert_same(TensorDict(state["live_step"], batch_size=[3]), before)
 
 
@@ -144,7 +150,7 @@ def test_the_collector_is_torchrls_and_has_no_end():
     batches = [next(experience).clone() for _ in range(3)]
     assert all(batch.shape == (3, 10) for batch in batches)
     # Each batch starts where the one before ended.
-    for before, after in zip(batches, batches[1:], strict=False):
+    for before, after in itertools.pairwise(batches):
         running = ~before["next", "done"][:, -1, 0]
         assert torch.equal(before["next", "observation"][running, -1], after["observation"][running, 0])
 

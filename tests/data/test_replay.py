@@ -105,7 +105,7 @@ def test_a_pass_over_the_rollout_buffer_draws_every_transition_once(batch_size):
     for _ in range(3):
         batches = [batch["number"].tolist() for batch in buffer]
         assert [len(batch) for batch in batches] == [batch_size] * (60 // batch_size)
-        orders.append(sum(batches, []))
+        orders.append([number for batch in batches for number in batch])
         assert sorted(orders[-1]) == list(range(60))
     assert orders[0] != orders[1] != orders[2]
     assert orders[0] != sorted(orders[0])

@@ -1,7 +1,9 @@
 """What every recipe's configuration refuses, saves and stands for."""
 
+import ast
 import dataclasses
 import datetime
+import inspect
 import json
 import random
 
@@ -72,10 +74,7 @@ def test_a_configuration_cannot_be_changed_and_takes_no_positions():
 
 
 def test_every_field_is_documented_beneath_it():
-    import ast
-    import inspect
-
-    for cls in {each for config in (*[c for c, _ in RECIPES.values()],) for each in config.__mro__[:-1]}:
+    for cls in {base for config, _ in RECIPES.values() for base in config.__mro__[:-1]}:
         (body,) = ast.parse(inspect.getsource(cls)).body
         for field, following in zip(body.body, body.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign):
