@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 START_POSITION = 0.5
@@ -38,13 +39,16 @@ class CustomConstants:
 
     def __post_init__(self) -> None:
         """Refuse constants that make no environment."""
+        numbers = (self.dt, self.force, self.friction, self.bound, self.target, self.survival_reward, self.max_steps)
+        whole = isinstance(self.max_steps, int) and not isinstance(self.max_steps, bool)
         requirements = {
             "dt must be > 0": self.dt > 0,
             "force must be > 0": self.force > 0,
             "friction must be >= 0 and friction * dt at most 1": 0 <= self.friction * self.dt <= 1,
             f"bound must be > {START_POSITION}, the farthest start": self.bound > START_POSITION,
             "target must lie within the bound": abs(self.target) <= self.bound,
-            "max_steps must be an integer >= 1": isinstance(self.max_steps, int) and self.max_steps >= 1,
+            "max_steps must be an integer >= 1": whole and self.max_steps >= 1,
+            "every constant must be a finite number": all(map(math.isfinite, numbers)),
         }
         for requirement, met in requirements.items():
             if not met:

@@ -34,6 +34,9 @@ def test_without_friction_the_step_limit_bounds_the_speed():
         ({"bound": 0.5}, "bound must be > 0.5"),
         ({"target": 2.5}, "target must lie within the bound"),
         ({"max_steps": 0}, "max_steps must be an integer >= 1"),
+        ({"max_steps": True}, "max_steps must be an integer >= 1"),
+        ({"survival_reward": float("nan")}, "every constant must be a finite number"),
+        ({"force": float("inf")}, "every constant must be a finite number"),
         ({"max_steps": 1.5}, "max_steps must be an integer >= 1"),
     ],
 )
