@@ -46,25 +46,30 @@ class Progress:
         self.config = config
         self.by_frames = config.total_frames is not None
 
-    def start_at(self, frames: int, episodes: int) -> None:
+    def start_at(self, frames: int, episodes: int, recent_returns: tuple[float, ...]) -> None:
         """Show the bar, at the place where a resumed run stands."""
         total, unit = self.config.total_frames or self.config.episodes, "frame" if self.by_frames else "episode"
         done = min(frames if self.by_frames else episodes, total)
         self.bar = tqdm(total=total, initial=done, unit=f" {unit}s", dynamic_ncols=True, unit_scale=self.by_frames)
-        self.printed = episodes // self.config.report_every
-        self.bar.write(" episodes     frames  return (last 100)  length  updates  skipped")
+        self.episodes = episodes
+        unfinished = episodes % self.config.report_every
+        self.block = list(recent_returns[-unfinished:]) if unfinished else []
+        self.bar.write(f"{'episodes':>9}  {'average return':>14}  {'frames':>10}  {'updates':>8}  {'skipped':>8}")
 
     def __call__(self, report: Report) -> None:
         """Advance the bar."""
         done = min(report.frames if self.by_frames else report.episodes, self.bar.total)
         self.bar.update(done - self.bar.n)
         self.bar.set_postfix_str(f"return {report.episode_return:.1f}", refresh=False)
-        if report.episodes // self.config.report_every > self.printed:
-            self.printed = report.episodes // self.config.report_every
-            self.bar.write(
-                f"{report.episodes:>9,} {report.frames:>10,} {report.episode_return:>18.1f} "
-                f"{report.episode_length:>7.1f} {report.updates:>8,} {report.skipped_steps:>8,}"
-            )
+        for episode_return in report.episode_returns:
+            self.episodes += 1
+            self.block.append(episode_return)
+            if self.episodes % self.config.report_every == 0:
+                self.bar.write(
+                    f"{self.episodes:>9,}  {sum(self.block) / len(self.block):>14.1f}  {report.frames:>10,}  "
+                    f"{report.updates:>8,}  {report.skipped_steps:>8,}"
+                )
+                self.block.clear()
 
 
 def main(argv: list[str]) -> int:
@@ -93,13 +98,14 @@ def main(argv: list[str]) -> int:
         run = Run(pipeline, checkpoints, folder, loggers, config, title, progress)
         if options.resume:
             run.resume()
+            folder.extend(config.to_dict())
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.resume and not restores_exactly(pipeline.env):
         print(f"{config.env} keeps state that cannot be restored: training resumes at fresh episodes")
     print(f"{title} on {config.device}, run folder {folder.path}")
-    progress.start_at(pipeline.frames, pipeline.episodes)
+    progress.start_at(pipeline.frames, pipeline.episodes, pipeline.recent_returns)
     stopped_by = run.train()
     progress.bar.close()
     summary = run.summarize(stopped_by)

@@ -61,7 +61,7 @@ class RecipeConfig(LoopConfig, RunSchedule):
     max_grad_norm: float = 0.5
     """Gradients are clipped to this 2-norm."""
     report_every: int = 100
-    """Print the average return after this many episodes."""
+    """Print the average return of every so many episodes."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run, before anything is built."""

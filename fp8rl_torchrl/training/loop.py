@@ -125,6 +125,11 @@ class Pipeline:
             return self.frames >= self.config.total_frames
         return self.episodes >= self.config.episodes
 
+    @property
+    def recent_returns(self) -> tuple[float, ...]:
+        """The returns of the last episodes, at most 100, oldest first."""
+        return tuple(episode_return for episode_return, _ in self._recent)
+
     def __iter__(self) -> Iterator[Report]:
         """Train until the budget is spent; leaving early and iterating again goes on where it stopped."""
         experience = iter(self.collector)
@@ -182,8 +187,7 @@ class Pipeline:
 
 def _mean_over_applied(updates: list[TensorDict]) -> dict[str, float]:
     """Average each metric over the updates that were applied, reading the device once."""
-    updates = [update for update in updates if any(str(key).startswith("skipped") for key in update.keys())]
-    if not updates:  # learning has not started, or every call only accumulated gradients
+    if not updates:  # learning has not started
         return {}
     names = sorted(str(key) for key in updates[-1].keys())
     table = torch.stack([torch.stack([update[name].float() for name in names]) for update in updates])

@@ -45,7 +45,7 @@ class MetricsFile:
         self.rows.append(dict(row))
         if set(row) <= set(self.columns):
             with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns, restval="").writerow(_cells(row))
+                csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(_cells(row))
         else:
             self._rewrite()
 
@@ -58,7 +58,7 @@ class MetricsFile:
         others = {name for row in self.rows for name in row} - set(LEADING)
         self.columns = [*LEADING, *sorted(others)] if self.rows else []
         text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns, restval="")
+        writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
         if self.rows:
             writer.writeheader()
         writer.writerows(_cells(row) for row in self.rows)

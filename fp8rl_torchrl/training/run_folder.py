@@ -58,6 +58,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.config, {"config": dict(config), "made_with": made_with()})
 
+    def extend(self, config: Mapping[str, Any]) -> None:
+        """Write the configuration of a run that is resumed with another budget; what it was made with stays."""
+        write_json(self.config, {**json.loads(self.config.read_text()), "config": dict(config)})
+
     def read_config(self) -> dict[str, Any]:
         """The configuration that the run was started with.
 

@@ -108,6 +108,12 @@ class OptimStep(OptimizationStepper):
         self._calls = 0
         self._checked = False
         self._finite = self._all_finite()
+        self._last_step: dict[str, torch.Tensor] = {}
+        first_scale = self.precision.init_scale if self.precision.scales_loss else 1.0
+        for key in self.optimizers:
+            suffix = "" if self.single else f"_{key}"
+            for name, value in (("grad_norm", 0.0), ("skipped", 0.0), ("loss_scale", first_scale)):
+                self._last_step[name + suffix] = torch.tensor(value, device=self.device)
 
     def __call__(self, batch: TensorDictBase) -> TensorDict:
         """Perform one update on a batch.
@@ -116,9 +122,10 @@ class OptimStep(OptimizationStepper):
             batch: What the loss takes.
 
         Returns:
-            Device scalars, detached: everything the loss returned and, on calls that end in an optimizer step,
-            ``grad_norm`` (before clipping), ``skipped`` (0.0 or 1.0) and ``loss_scale``; with several optimizers
-            ``grad_norm_<loss key>``, ``skipped_<loss key>`` and ``loss_scale_<loss key>``.
+            Device scalars, detached: everything the loss returned, and of the last optimizer step ``grad_norm``
+            (before clipping), ``skipped`` (0.0 or 1.0) and ``loss_scale``; with several optimizers
+            ``grad_norm_<loss key>``, ``skipped_<loss key>`` and ``loss_scale_<loss key>``. While the first
+            accumulated update is under way, the first two are 0.
 
         Raises:
             ValueError: On the first call, if the losses and the optimizers do not fit together.
@@ -143,11 +150,11 @@ class OptimStep(OptimizationStepper):
         if not self._checked:
             self._check_once(losses)
         self._backward(losses)
-        metrics: dict[Any, torch.Tensor] = {key: value.detach() for key, value in outputs.items()}
         self._calls += 1
         if self._calls % self.accumulate == 0:
-            self._apply(metrics)
-        return TensorDict(metrics, batch_size=[])
+            self._last_step = self._apply()
+        metrics = {key: value.detach() for key, value in outputs.items()}
+        return TensorDict({**metrics, **self._last_step}, batch_size=[])
 
     def _select_losses(self, outputs: TensorDictBase) -> dict[str, torch.Tensor]:
         found = {key: value for key, value in outputs.items() if isinstance(key, str) and key.startswith("loss")}
@@ -190,7 +197,8 @@ class OptimStep(OptimizationStepper):
                 inputs=self._trainable(key), retain_graph=place + 1 < len(losses)
             )
 
-    def _apply(self, metrics: dict[Any, torch.Tensor]) -> None:
+    def _apply(self) -> dict[str, torch.Tensor]:
+        metrics: dict[str, torch.Tensor] = {}
         applied = torch.ones((), dtype=torch.bool, device=self.device)
         self._set_learning_rates()
         for key, optimizer in self.optimizers.items():
@@ -215,6 +223,7 @@ class OptimStep(OptimizationStepper):
         self.skipped_steps += ~applied
         self._update_targets(applied)
         self._finite = self._all_finite()
+        return metrics
 
     def _all_finite(self) -> dict[str, torch.Tensor]:
         return {key: torch.ones((), dtype=torch.bool, device=self.device) for key in self.optimizers}

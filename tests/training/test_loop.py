@@ -145,14 +145,6 @@ def test_where_all_updates_were_skipped_there_is_no_mean():
     assert (report.updates, report.skipped_steps) == (0, 2)
 
 
-def test_calls_that_only_accumulate_are_not_updates():
-    calls = [{"loss": 1.0}, {"loss": 3.0, "skipped": 0.0}] * 2
-    (report,) = pipeline_of([rollout([1.0], [1])], FakeStep(calls), episodes=1, updates_per_collection=4)
-    assert report.metrics == {"loss": 3.0, "skipped": 0.0}
-    (report,) = pipeline_of([rollout([1.0], [1])], FakeStep([{"loss": 1.0}] * 2), episodes=1)
-    assert report.metrics == {}
-
-
 # ------------------------------------------------------------------------------------------------- with real components
 
 CONFIG = ActorCriticConfig(
