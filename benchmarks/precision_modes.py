@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,8 @@ def main(argv: list[str]) -> int:
     context = multiprocessing.get_context("spawn")
     with out.with_suffix(".jsonl").open("w") as file:
         for config in tqdm(cells, unit=" runs", dynamic_ncols=True):
-            with context.Pool(1) as pool:
-                record = pool.apply(train_one, (config, options.eval_episodes))
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                record = pool.submit(train_one, config, options.eval_episodes).result()
             records.append(record | environment)
             file.write(json.dumps(records[-1]) + "\n")
             file.flush()
