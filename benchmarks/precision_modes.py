@@ -66,9 +66,8 @@ def main(argv: list[str]) -> int:
     out = Path(options.out)
     try:
         cells = plan(options)
-        if not out.parent.is_dir():
-            raise ValueError(f"the folder {out.parent} does not exist")
-    except ValueError as error:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     environment = made_with()
