@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,10 @@ import torch
 torch.set_num_threads(1)
 logging.getLogger("torchrl").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module="torchrl")
+
+# What tests share lies in a module beside them, which they import by its own name, as in `from losses import adam`.
+# These folders stand at the end of the path, so that such a name never hides an installed package.
+sys.path.extend(str(folder) for folder in sorted(Path(__file__).parent.iterdir()) if folder.is_dir())
 
 _deselected = pytest.StashKey[int]()
 

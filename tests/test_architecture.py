@@ -205,18 +205,21 @@ def test_a_planted_function_with_the_name_of_a_module_is_found(package, path, te
     assert len(list(names_of_modules(package | {f"{PACKAGE}/{path}": text}))) == 1
 
 
-# --- tests mirror the package ---
+# --- tests mirror the package and the scripts ---
 
 OF_A_WHOLE_PART = {"tests/recipes/test_learning.py"}
 
 
 def misplaced_tests(files):
-    """Test files that belong to no module: ``tests/<part>/test_<module>.py``, or ``test_<module>_<what>.py``."""
+    """Test files that belong to no module: ``tests/<part>/test_<module>.py``, or ``test_<module>_<what>.py``.
+
+    ``tests/scripts`` mirrors ``scripts`` in the same way.
+    """
     for path in files:
         folder, *parts, name = PurePosixPath(path).parts
         if folder != "tests" or not parts or not name.startswith("test_") or path in OF_A_WHOLE_PART:
             continue
-        beside = f"{PACKAGE}/{'/'.join(parts)}/"
+        beside = "scripts/" if parts == ["scripts"] else f"{PACKAGE}/{'/'.join(parts)}/"
         modules = [
             PurePosixPath(other).stem for other in files if PurePosixPath(other).parent.as_posix() + "/" == beside
         ]
@@ -241,9 +244,15 @@ def test_tests_mirror_the_package(everything):
 
 
 def test_a_misplaced_test_and_an_untested_module_are_found(everything):
-    for planted in ("tests/envs/test_step.py", "tests/training/test_custom.py", "tests/novelty/test_custom.py"):
+    for planted in (
+        "tests/envs/test_step.py",
+        "tests/training/test_custom.py",
+        "tests/novelty/test_custom.py",
+        "tests/scripts/test_custom.py",
+    ):
         assert list(misplaced_tests(everything | {planted: ""})) == [planted]
-    assert not list(misplaced_tests(everything | {"tests/envs/test_custom_on_two_devices.py": ""}))
+    for fitting in ("tests/envs/test_custom_on_two_devices.py", "tests/scripts/test_train_on_two_devices.py"):
+        assert not list(misplaced_tests(everything | {fitting: ""}))
     planted = f"{PACKAGE}/envs/novelty.py"
     assert f"{planted}: tests/envs/test_novelty.py is missing" in untested_modules(everything | {planted: ""})
 

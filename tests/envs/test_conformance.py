@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import broken
 import gymnasium
 import numpy as np
 import pytest
 import torch
+import walk
 from gymnasium.vector import AutoresetMode
 from torchrl.envs import (
     ActionMask,
@@ -34,19 +34,6 @@ from fp8rl_torchrl.envs.conformance import main
 
 REPOSITORY = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-
-
-def _load(name: str) -> ModuleType:
-    """A module beside this test, importable by the others under its own name, as in a user's directory."""
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-walk, broken = _load("walk"), _load("broken")
 
 STEPS = 40
 

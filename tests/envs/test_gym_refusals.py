@@ -1,0 +1,52 @@
+"""What `make` refuses, and the advice that it gives."""
+
+import sys
+
+import pytest
+
+from fp8rl_torchrl.envs.gym import make
+
+
+@pytest.mark.parametrize("num_envs", [None, 2])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("CartPoole-v1", r"no environment 'CartPoole-v1'.*Did you mean: `CartPole`"),
+        ("LunarLander-v2", "LunarLander-v3"),
+        ("CartPole-v99", r"no environment 'CartPole-v99'"),
+        ("nowhere/CartPole-v1", "Namespace nowhere not found"),
+        ("no_such_package:CartPole-v1", "no_such_package"),
+        ("not an id", "cannot be made: Malformed"),
+    ],
+)
+def test_unknown_names_are_refused_with_advice(name, message, num_envs):
+    with pytest.raises(ValueError, match=message):
+        make(name, num_envs)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "Box2D", None)
+    for module in [name for name in sys.modules if name.startswith("gymnasium.envs.box2d")]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(ValueError, match=r"LunarLander-v3.*pip install \"fp8rl_torchrl\[box2d\]\""):
+        make("LunarLander-v3")
+
+
+@pytest.mark.parametrize("num_envs", [0, -1, 2.0, True, "3"])
+@pytest.mark.parametrize("name", ["CustomEnv", "CartPole-v1"])
+def test_wrong_numbers_of_environments_are_refused(name, num_envs):
+    with pytest.raises(ValueError, match="num_envs must be a positive integer, or None"):
+        make(name, num_envs)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "0", True])
+def test_wrong_seeds_are_refused(seed):
+    with pytest.raises(ValueError, match="seed must be an integer >= 0, or None"):
+        make("CartPole-v1", seed=seed)
+
+
+@pytest.mark.parametrize("device", ["cuda:97", "gpu", "banana", None])
+@pytest.mark.parametrize("name", ["CustomEnv", "CartPole-v1"])
+def test_missing_devices_are_refused(name, device):
+    with pytest.raises(ValueError, match=rf"there is no device '?{device}'? here.*'cpu' always works"):
+        make(name, device=device)
