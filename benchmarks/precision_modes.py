@@ -191,11 +191,11 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     curves.set(xlabel="environment steps (frames)", ylabel="return, mean of the last 100 episodes")
     curves.set_title(f"training, {count} seeds a mode")
     curves.xaxis.set_major_formatter(EngFormatter(sep=""))
-    curves.legend(loc="lower right")
     finals.set(title="evaluation (line: median)", ylabel="mean return per episode")
     if config["env"] == "CustomEnv":
         for axes in (curves, finals):
-            axes.axhline(SOLVED, color="gray", linestyle=":", linewidth=1)
+            axes.axhline(SOLVED, color="gray", linestyle=":", linewidth=1, label=f"solved: {SOLVED:g}")
+    curves.legend(loc="lower right")
     times.set(title="time (line: median)", ylabel="training time, s")
     times.set_ylim(bottom=0)
     for axes in (finals, times):
