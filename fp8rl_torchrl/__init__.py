@@ -36,7 +36,7 @@ __all__ = [
     "training",
 ]
 
-__getattr__, __dir__ = lazy_names(
+__getattr__, _ = lazy_names(
     __name__,
     {
         "ActorCritic": "models.actor_critic",
@@ -45,6 +45,7 @@ __getattr__, __dir__ = lazy_names(
         "Pipeline": "training.loop",
         "Precision": "precision.mode",
         "data": "data",
+        "envs": "envs",
         "evaluate": "training.evaluate",
         "models": "models",
         "objectives": "objectives",
@@ -53,3 +54,7 @@ __getattr__, __dir__ = lazy_names(
         "training": "training",
     },
 )
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -60,9 +60,9 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(config.num_threads)
         pipeline = build(config)
         load_agent(pipeline.agent, checkpoint, pipeline.env.device)
-        result = evaluate(pipeline.agent.policy, pipeline.env, options.episodes, seed=options.seed)
         if options.video:
             record_video(pipeline.agent.policy, config.env, options.video, seed=options.seed)
+        result = evaluate(pipeline.agent.policy, pipeline.env, options.episodes, seed=options.seed)
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -105,11 +105,15 @@ def main(argv: list[str]) -> int:
     if options.resume and not restores_exactly(pipeline.env):
         print(f"{config.env} keeps state that cannot be restored: training resumes at fresh episodes")
     print(f"{title} on {config.device}, run folder {folder.path}")
+    if pipeline.finished:
+        print("its budget is spent, so nothing is left to train: extend it with --total-frames or --episodes")
     progress.start_at(pipeline.frames, pipeline.episodes, pipeline.recent_returns)
     stopped_by = run.train()
     progress.bar.close()
     summary = run.summarize(stopped_by)
     print_summary(summary, folder)
+    if not summary["episodes"]:
+        print(f"no training episode has ended: each of the {config.num_envs} environments was too short a time at work")
     if stopped_by == "signal":
         print(f"stopped early; continue with: python scripts/train.py --resume {folder.path}")
         return 130

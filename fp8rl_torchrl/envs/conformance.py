@@ -270,7 +270,8 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 env = factory()
             except Exception as error:
-                raise _BadTargetError(f"{target} cannot be built: {type(error).__name__}: {error}") from error
+                hint = "" if ":" in target else " (a function or class of your own is named module:function)"
+                raise _BadTargetError(f"{target} cannot be built: {type(error).__name__}: {error}{hint}") from error
             if not isinstance(env, EnvBase):
                 raise _BadTargetError(f"{target} must return a TorchRL EnvBase; it returned {type(env).__name__}")
             env.close(raise_if_closed=False)

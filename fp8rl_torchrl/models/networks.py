@@ -43,8 +43,8 @@ def mlp_encoder(in_features: int, hidden: Sequence[int], activation: type[nn.Mod
     Raises:
         ValueError: If ``hidden`` is empty or holds a width below 1.
     """
-    if not hidden or min(hidden) < 1:
-        raise ValueError(f"hidden must name at least one layer, each at least 1 wide; got {tuple(hidden)}")
+    if isinstance(hidden, int) or not hidden or any(not isinstance(width, int) or width < 1 for width in hidden):
+        raise ValueError(f"hidden must name at least one layer, each at least 1 wide, as in (64, 64); got {hidden!r}")
     encoder = MLP(in_features, hidden[-1], num_cells=list(hidden[:-1]), activation_class=activation)
     encoder.append(activation())
     gain = nn.init.calculate_gain("tanh" if activation is nn.Tanh else "relu")

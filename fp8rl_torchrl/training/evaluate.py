@@ -69,6 +69,7 @@ def evaluate(
 
     Raises:
         ValueError: If ``episodes`` is not positive, ``seed`` is out of range, or the environment cannot be copied.
+        TypeError: If ``policy`` is a module that cannot be called, such as a whole agent.
         RuntimeError: If an episode does not end within ``max_episode_steps``.
 
     Example:
@@ -77,6 +78,8 @@ def evaluate(
         >>> len(evaluate(ActorCritic.for_env(env).policy, env, episodes=6).returns)
         6
     """
+    if isinstance(policy, nn.Module) and type(policy).forward is nn.Module.forward:
+        raise TypeError(f"evaluate takes a policy, not the whole {type(policy).__name__}: pass its .policy")
     if episodes < 1:
         raise ValueError(f"episodes must be >= 1; got {episodes}")
     if not 0 <= seed < 2**32:

@@ -149,20 +149,26 @@ def plot_learning_curve(rows: list[dict[str, float]], title: str, path: str | Pa
         title: What ran.
         path: The picture to write; its ending chooses the format.
     """
-    import matplotlib
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    matplotlib.rcParams["svg.hashsalt"] = "fp8rl_torchrl"
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
     frames = [row["frames"] for row in rows]
-    axes.plot(frames, [row["episode_return"] for row in rows], label="training, mean of the last 100 episodes")
+    returns = [row["episode_return"] for row in rows]
+    if any(map(math.isfinite, returns)):
+        axes.plot(frames, returns, label="training, mean of the last 100 episodes")
+    else:
+        axes.set_xlim(0, max(frames, default=1))
+        axes.text(0.5, 0.9, "no training episode has ended", ha="center", transform=axes.transAxes)
     evaluated = [(row["frames"], row["eval_return"]) for row in rows if math.isfinite(row["eval_return"])]
     if evaluated:
         axes.plot(*zip(*evaluated, strict=True), "o--", markersize=4, label="evaluation, deterministic policy")
     axes.set(xlabel="environment steps (frames)", ylabel="return per episode", title=title)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right")
+    with rc_context({"svg.hashsalt": "fp8rl_torchrl"}):  # the same rows give the same file
+        figure.savefig(path)

@@ -138,6 +138,10 @@ class Run:
             "stopped_by": stopped_by,
         }
         write_json(self.folder.summary, summary)
+        # Once more, with the evaluation at the end.
+        last = {**(self.metrics.rows[-1] if self.metrics.rows else {}), "frames": pipeline.frames}
+        rows = [*self.metrics.rows, {"episode_return": math.nan, **last, "eval_return": result.mean}]
+        plot_learning_curve(rows, self.title, self.folder.curve)
         return summary
 
 

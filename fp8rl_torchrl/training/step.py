@@ -293,9 +293,11 @@ def _reaches(loss: torch.Tensor, parameters: list[torch.Tensor]) -> bool:
 def _parameters_of(key: str, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     if not optimizer.defaults.get("fused"):
         name = type(optimizer).__name__
+        fusible = ("Adam", "AdamW", "SGD", "Adagrad")
+        advice = f"build it as torch.optim.{name if name in fusible else 'Adam'}(..., fused=True)"
         raise ValueError(
-            f"the optimizer of {key!r} is not fused, so it cannot skip an update without waiting for the device: "
-            f"build it as torch.optim.{name}(..., fused=True) (Adam, AdamW, SGD and Adagrad have this option)"
+            f"the optimizer of {key!r}, {name}, is not fused, so it cannot skip an update without waiting for the "
+            f"device: {advice} ({', '.join(fusible)} have this option)"
         )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     low = sorted({str(p.dtype) for p in parameters if p.dtype != torch.float32})

@@ -40,9 +40,12 @@ def record_video(
         raise ImportError('recording needs imageio; run: pip install "fp8rl_torchrl[video]"') from error
     try:
         env = gymnasium.make("fp8rl/CustomEnv-v0" if env_id == "CustomEnv" else env_id, render_mode="rgb_array")
-    except gymnasium.error.Error as error:
-        raise ValueError(f"{env_id} cannot be rendered: {error}") from error
-    frames, fps = _play(policy, env, seed), env.metadata.get("render_fps", 30)
+        if isinstance(env.observation_space, gymnasium.spaces.Discrete):
+            env = gymnasium.wrappers.FlattenObservation(env)  # one-hot, as `envs.make` presents it to the policy
+        frames, fps = _play(policy, env, seed), env.metadata.get("render_fps", 30)
+    except (gymnasium.error.Error, ImportError) as error:
+        advice = 'pip install "fp8rl_torchrl[video]" may help'
+        raise ValueError(f"{env_id} cannot be rendered: {error}; {advice}") from error
     if path.suffix == ".gif":
         imageio.imwrite(path, frames, duration=1000 / fps, loop=0)
     else:

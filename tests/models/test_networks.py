@@ -94,3 +94,9 @@ def test_the_encoder_starts_orthogonal_with_the_gain_of_its_activation(activatio
 def test_an_encoder_without_layers_is_refused(hidden):
     with pytest.raises(ValueError, match="hidden must name at least one layer, each at least 1 wide"):
         mlp_encoder(4, hidden)
+
+
+@pytest.mark.parametrize("hidden", [64, [16.5], (), (8, 0)])
+def test_widths_that_make_no_network_are_refused(hidden):
+    with pytest.raises(ValueError, match=r"each at least 1 wide, as in \(64, 64\); got"):
+        mlp_encoder(2, hidden)

@@ -351,3 +351,9 @@ def test_an_error_in_an_episode_closes_the_copy():
     with pytest.raises(RuntimeError, match="has not ended"):
         evaluate(idle, factory, 1, max_episode_steps=2)
     assert built[0].is_closed
+
+
+def test_a_whole_agent_is_refused_by_name():
+    env = CustomEnv(num_envs=2, seed=0)
+    with pytest.raises(TypeError, match=r"takes a policy, not the whole ActorCritic: pass its \.policy"):
+        evaluate(ActorCritic.for_env(env, hidden=(8,)), env)

@@ -275,6 +275,8 @@ def test_the_learning_curve_is_drawn(tmp_path):
 def test_a_curve_without_points_is_an_empty_picture(rows, tmp_path):
     plot_learning_curve(rows, "nothing yet", tmp_path / "curve.png")
     assert imageio.imread(tmp_path / "curve.png").shape[:2] == (600, 1050)
+    plot_learning_curve(rows, "nothing yet", tmp_path / "curve.svg")
+    assert "no training episode has ended" in (tmp_path / "curve.svg").read_text()
 
 
 def test_the_ending_chooses_the_format_and_the_same_rows_give_the_same_picture(tmp_path):

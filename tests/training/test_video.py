@@ -4,6 +4,7 @@ import importlib.util
 import math
 import sys
 
+import gymnasium
 import imageio.v3 as imageio
 import numpy as np
 import pytest
@@ -84,3 +85,13 @@ def test_without_imageio_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "imageio", None)
     with pytest.raises(ImportError, match=r'pip install "fp8rl_torchrl\[video\]"'):
         record_video(constantly(0), "CustomEnv", tmp_path / "out.gif")
+
+
+def test_an_environment_whose_renderer_is_missing_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    def missing(self):
+        raise gymnasium.error.DependencyNotInstalled("pygame is not installed")
+
+    monkeypatch.setattr("gymnasium.envs.classic_control.CartPoleEnv.render", missing)
+    with pytest.raises(ValueError, match="CartPole-v1 cannot be rendered: pygame is not installed; pip install"):
+        record_video(lambda tensordict: tensordict, "CartPole-v1", tmp_path / "out.gif")
+    assert not any(tmp_path.iterdir())
