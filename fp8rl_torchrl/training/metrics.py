@@ -160,11 +160,13 @@ def plot_learning_curve(rows: list[dict[str, float]], title: str, path: str | Pa
     if any(map(math.isfinite, returns)):
         axes.plot(frames, returns, label="training, mean of the last 100 episodes")
     else:
-        axes.set_xlim(0, max(frames, default=1))
+        axes.set_xlim(0, 1.05 * max(frames, default=1))
         axes.text(0.5, 0.9, "no training episode has ended", ha="center", transform=axes.transAxes)
     evaluated = [(row["frames"], row["eval_return"]) for row in rows if math.isfinite(row["eval_return"])]
     if evaluated:
-        axes.plot(*zip(*evaluated, strict=True), "o--", markersize=4, label="evaluation, deterministic policy")
+        axes.plot(
+            *zip(*evaluated, strict=True), "o--", color="C1", markersize=4, label="evaluation, deterministic policy"
+        )
     axes.set(xlabel="environment steps (frames)", ylabel="return per episode", title=title)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
