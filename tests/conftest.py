@@ -43,3 +43,8 @@ def pytest_testnodedown(node, error) -> None:  # every worker deselects the same
     count = getattr(node, "workeroutput", {}).get("deselected", 0)
     if reporter is not None and "deselected" not in reporter.stats and count:
         reporter.stats["deselected"] = [SimpleNamespace()] * count
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and there is none here")
