@@ -1,0 +1,189 @@
+"""The differentiable product of a `Float8Linear`: three GEMMs on FP8 codes, batched by ``vmap``, kept for rollouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fp8rl_torchrl.precision.capability import choose_backend
+from fp8rl_torchrl.precision.matmul import scaled_matmul
+from fp8rl_torchrl.precision.quantize import DTYPES, quantize
+from fp8rl_torchrl.precision.recipe import RECIPES, Cast, Gemm
+
+Quantized = tuple[torch.Tensor, torch.Tensor]
+"""Codes and scale."""
+
+
+# Dynamo takes the function as it is; the compiler behind it traces through, and fuses the casts like other code.
+@torch.compiler.allow_in_graph
+def float8_product(input: torch.Tensor, weight: torch.Tensor, recipe: str, backend: str) -> torch.Tensor:
+    """``input weightᵀ`` in FP8, with the gradients that the recipe says.
+
+    Args:
+        input: ``[M, K]``, any floating dtype; also the output's.
+        weight: ``[N, K]``.
+        recipe: The name of a `Float8Recipe`.
+        backend: ``auto``, ``native`` or ``emulated``.
+
+    Returns:
+        ``[M, N]``. Differentiating its gradients once more raises a RuntimeError.
+    """
+    if not torch.is_grad_enabled() and _keeps_codes(input, weight):
+        gemm = RECIPES[recipe].output
+        return _multiply(gemm, quantize(input, gemm.left), _kept_codes(weight, gemm.right), input.dtype, backend)
+    return _Forward.apply(input, weight, recipe, backend)[0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+
+
+def _multiply(gemm: Gemm, left: Quantized, right: Quantized, out_dtype: torch.dtype, backend: str) -> torch.Tensor:
+    chosen = choose_backend(left[0].device, backend)
+    return scaled_matmul(*left, *right, out_dtype=out_dtype, fast_accum=gemm.fast_accum, backend=chosen)
+
+
+def _turned(quantized: Quantized) -> Quantized:
+    """The transpose of a matrix with one scale."""
+    return quantized[0].mT, quantized[1].mT
+
+
+class _Forward(torch.autograd.Function):
+    """The product ``output``; keeps the input as the product ``grad_weight`` will read it.
+
+    Leading dimensions of input ``[..., M, K]`` and weight ``[..., N, K]`` are broadcast; they come from ``vmap``.
+    """
+
+    @staticmethod
+    def forward(input: torch.Tensor, weight: torch.Tensor, recipe: str, backend: str) -> tuple[torch.Tensor, ...]:
+        products = RECIPES[recipe]
+        left, right = quantize(input, products.output.left), quantize(weight, products.output.right)
+        output = _multiply(products.output, left, right, input.dtype, backend)
+        if products.grad_weight is None:
+            return (output,)
+        cast = products.grad_weight.right
+        if cast == products.output.left and cast.scaling == "tensor":
+            left = _turned(left)  # one scale: the same codes, whichever way they are read
+        else:
+            left = quantize(input.mT, cast)
+        # As integers, which autograd, vmap and compilers leave alone.
+        return output, left[0].view(torch.uint8), left[1]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        input, weight, ctx.recipe, ctx.backend = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(weight, *(output[1:] or (input,)))
+        ctx.input_shape, ctx.input_dtype = input.shape, input.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        weight, *saved = ctx.saved_tensors
+        needed = tuple(ctx.needs_input_grad[:2])
+        gradients: Any = _Backward.apply(grad, weight, ctx.recipe, ctx.backend, *needed, ctx.input_dtype, *saved)
+        # Where one operand served a whole ensemble, its gradient is the sum.
+        shapes = [shape for shape, wanted in zip((ctx.input_shape, weight.shape), needed, strict=True) if wanted]
+        sums = iter([gradient.sum_to_size(shape) for gradient, shape in zip(gradients, shapes, strict=True)])
+        return (*(next(sums) if wanted else None for wanted in needed), None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        outputs: Any = _Forward.apply(*_batch_dims_first(in_dims, inputs))
+        return outputs, (0, *([None if in_dims[0] is None else 0] * (len(outputs) - 1)))
+
+
+class _Backward(torch.autograd.Function):
+    """The products ``grad_input`` and ``grad_weight``, those of them that are needed.
+
+    A function of its own, so that a second derivative raises, also under `torch.func`, where
+    ``once_differentiable`` lets it pass as zero.
+    """
+
+    @staticmethod
+    def forward(
+        grad: torch.Tensor,
+        weight: torch.Tensor,
+        recipe: str,
+        backend: str,
+        needs_input: bool,
+        needs_weight: bool,
+        input_dtype: torch.dtype,
+        *saved: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        products = RECIPES[recipe]
+        to_input, to_weight = products.grad_input, products.grad_weight
+        left = quantize(grad, to_input.left)
+        gradients = []
+        if needs_input:
+            right = quantize(weight.mT, to_input.right)
+            gradients.append(_multiply(to_input, left, right, input_dtype, backend))
+        if needs_weight and to_weight is None:
+            with torch.autocast(grad.device.type, enabled=False):
+                gradients.append(torch.matmul(grad.mT, saved[0].to(grad.dtype)).to(weight.dtype))
+        elif needs_weight and to_weight is not None:
+            same = to_weight.left == to_input.left and to_weight.left.scaling == "tensor"
+            left = _turned(left) if same else quantize(grad.mT, to_weight.left)
+            right = saved[0].view(DTYPES[to_weight.right.format]), saved[1]
+            gradients.append(_multiply(to_weight, left, right, weight.dtype, backend))
+        return tuple(gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "a Float8Linear cannot be differentiated twice: the derivative of rounding to FP8 is zero almost "
+            "everywhere. Leave layers under a second derivative in high precision (convert's skip=)"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        gradients: Any = _Backward.apply(*_batch_dims_first(in_dims, inputs))
+        needed = inputs[4:6]
+        grad, weight, saved = (in_dims[place] is not None for place in (0, 1, 7))
+        batched = [each for each, wanted in zip((grad or weight, grad or saved), needed, strict=True) if wanted]
+        return gradients, tuple(0 if each else None for each in batched)
+
+
+def _batch_dims_first(in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> list[Any]:
+    """Move the dimension that ``vmap`` maps to the front, clear of the leading dimensions of inner ``vmap``s."""
+    ranks = [each.dim() - (dim is not None) for each, dim in zip(inputs, in_dims, strict=True) if torch.is_tensor(each)]
+    moved = []
+    for each, dim in zip(inputs, in_dims, strict=True):
+        if dim is not None:
+            each = each.movedim(dim, 0)
+            for _ in range(max(ranks) - (each.dim() - 1)):
+                each = each.unsqueeze(1)
+        moved.append(each)
+    return moved
+
+
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""For each weight that a rollout or a target network used, by cast: its bits at that time, and its codes."""
+
+
+def _keeps_codes(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the codes of a weight can be kept: a plain tensor in eager mode, whose contents can be compared.
+
+    A version counter would miss what TorchRL's target updaters and weight updates write, through ``.data``. Comparing
+    the contents on a GPU would make the host wait, so there each call casts the weight anew, as compiled code does.
+    """
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not any(torch._C._functorch.is_functorch_wrapped_tensor(each) for each in (input, weight))
+    )
+
+
+def _kept_codes(weight: torch.Tensor, cast: Cast) -> Quantized:
+    bits = weight.detach().view(torch.int32)
+    kept = _kept.setdefault(weight, {})
+    if cast in kept:
+        before, quantized = kept[cast]
+        if before.shape == bits.shape and not torch.count_nonzero(before ^ bits):
+            return quantized
+    quantized = quantize(weight, cast)
+    kept[cast] = bits.clone(), quantized
+    return quantized
