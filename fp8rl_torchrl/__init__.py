@@ -13,6 +13,8 @@ from fp8rl_torchrl._lazy import lazy_names
 if TYPE_CHECKING:
     from fp8rl_torchrl import data, models, objectives, precision, recipes, training
     from fp8rl_torchrl.models.actor_critic import ActorCritic
+    from fp8rl_torchrl.precision.convert import convert, twin
+    from fp8rl_torchrl.precision.linear import Float8Linear
     from fp8rl_torchrl.precision.mode import Precision
     from fp8rl_torchrl.training.evaluate import EvalResult, evaluate
     from fp8rl_torchrl.training.loop import Pipeline
@@ -23,9 +25,11 @@ __version__ = "0.1.0"
 __all__ = [
     "ActorCritic",
     "EvalResult",
+    "Float8Linear",
     "OptimStep",
     "Pipeline",
     "Precision",
+    "convert",
     "data",
     "envs",
     "evaluate",
@@ -34,6 +38,7 @@ __all__ = [
     "precision",
     "recipes",
     "training",
+    "twin",
 ]
 
 __getattr__, _ = lazy_names(
@@ -41,9 +46,11 @@ __getattr__, _ = lazy_names(
     {
         "ActorCritic": "models.actor_critic",
         "EvalResult": "training.evaluate",
+        "Float8Linear": "precision.linear",
         "OptimStep": "training.step",
         "Pipeline": "training.loop",
         "Precision": "precision.mode",
+        "convert": "precision.convert",
         "data": "data",
         "envs": "envs",
         "evaluate": "training.evaluate",
@@ -52,6 +59,7 @@ __getattr__, _ = lazy_names(
         "precision": "precision",
         "recipes": "recipes",
         "training": "training",
+        "twin": "precision.convert",
     },
 )
 

@@ -21,6 +21,8 @@ class Float32Head(nn.Linear):
         gain: Gain of the orthogonal initialisation; the bias starts at 0.
     """
 
+    compute_format = "fp32"
+
     def __init__(self, in_features: int, out_features: int, gain: float = 1.0) -> None:
         super().__init__(in_features, out_features)
         nn.init.orthogonal_(self.weight, gain)

@@ -1,5 +1,19 @@
-"""Which number format each part of learning runs in."""
+"""Which number format each part of learning runs in, and the FP8 products that some of them use."""
 
+from fp8rl_torchrl.precision.capability import Float8Capability, float8_capability
+from fp8rl_torchrl.precision.convert import ConversionError, ConversionReport, Twin
+from fp8rl_torchrl.precision.linear import Float8Linear
 from fp8rl_torchrl.precision.mode import Precision
+from fp8rl_torchrl.precision.recipe import RECIPES, Float8Recipe
 
-__all__ = ["Precision"]
+__all__ = [
+    "RECIPES",
+    "ConversionError",
+    "ConversionReport",
+    "Float8Capability",
+    "Float8Linear",
+    "Float8Recipe",
+    "Precision",
+    "Twin",
+    "float8_capability",
+]

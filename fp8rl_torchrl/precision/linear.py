@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import nn
 
 from fp8rl_torchrl.precision.capability import choose_backend
 from fp8rl_torchrl.precision.linear_function import float8_product
+from fp8rl_torchrl.precision.matmul import native_kernel
 from fp8rl_torchrl.precision.recipe import RECIPES
 
 
@@ -72,12 +75,14 @@ class Float8Linear(nn.Linear):
             recipe: As above.
             backend: As above.
         """
-        layer = cls.__new__(cls)
-        # Containers (of parameters, buffers, hooks) are copied, so that changing one layer leaves the other alone.
-        layer.__dict__ = {
-            name: value.copy() if isinstance(value, dict) else value for name, value in linear.__dict__.items()
-        }
+        layer = _on_the_state_of(linear, cls)
         layer._set(recipe, backend)
+        return layer
+
+    def to_linear(self) -> nn.Linear:
+        """A plain linear layer on the same parameters."""
+        layer = _on_the_state_of(self, nn.Linear)
+        del layer.recipe, layer.backend
         return layer
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -101,13 +106,7 @@ class Float8Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         """The shape, and what each product multiplies on the parameters' device."""
-        recipe = RECIPES[self.recipe]
-        products = [
-            f"output: {recipe.output}",
-            f"grad_input: {recipe.grad_input}",
-            f"grad_weight: {recipe.grad_weight or 'high precision'}",
-        ]
-        return f"{super().extra_repr()}, recipe={self.recipe}, {self.runs()}, {', '.join(products)}"
+        return f"{super().extra_repr()}, recipe={self.recipe}, {self.runs()}, {products_in_words(self.recipe, self.runs())}"
 
     def runs(self) -> str:
         """``native`` or ``emulated`` on the device where the weight is, or why it cannot run there."""
@@ -115,3 +114,26 @@ class Float8Linear(nn.Linear):
             return choose_backend(self.weight.device, self.backend)
         except RuntimeError as error:
             return f"cannot run: {error}"
+
+
+def products_in_words(recipe: str, backend: str) -> str:
+    """The operands of a recipe's products and, native, the kernel that runs inside BF16 autocast and how it sums."""
+    products = RECIPES[recipe]
+    words = []
+    for name, out_dtype in (("output", torch.bfloat16), ("grad_input", torch.bfloat16), ("grad_weight", torch.float32)):
+        gemm = getattr(products, name)
+        words.append(f"{name}: {gemm or 'high precision'}")
+        if gemm is not None and backend == "native":
+            row_scaled = "row" in (gemm.left.scaling, gemm.right.scaling)
+            words[-1] += f" [{native_kernel(row_scaled, out_dtype)}{', fast sum' if gemm.fast_accum else ''}]"
+    return ", ".join(words)
+
+
+Layer = TypeVar("Layer", bound=nn.Linear)
+
+
+def _on_the_state_of(linear: nn.Linear, kind: type[Layer]) -> Layer:
+    """A layer of some kind that has the parameters, hooks and mode of another, but containers of its own for them."""
+    layer = kind.__new__(kind)
+    layer.__dict__ = {key: each.copy() if isinstance(each, dict) else each for key, each in linear.__dict__.items()}
+    return layer

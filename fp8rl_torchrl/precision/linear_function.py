@@ -60,17 +60,17 @@ class _Forward(torch.autograd.Function):
         if products.grad_weight is None:
             return (output,)
         cast = products.grad_weight.right
-        if cast == products.output.left and cast.scaling == "tensor":
-            left = _turned(left)  # one scale: the same codes, whichever way they are read
-        else:
-            left = quantize(input.mT, cast)
+        # With one scale for all, the codes are the same, whichever way they are read.
+        same = cast == products.output.left and cast.scaling == "tensor"
+        left = _turned(left) if same else quantize(input.mT, cast)
         # As integers, which autograd, vmap and compilers leave alone.
         return output, left[0].view(torch.uint8), left[1]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         input, weight, ctx.recipe, ctx.backend = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        # Not the scale: through it what is saved depends on the input, so that a second derivative finds `_Backward`.
+        ctx.mark_non_differentiable(*output[1:2])
         ctx.save_for_backward(weight, *(output[1:] or (input,)))
         ctx.input_shape, ctx.input_dtype = input.shape, input.dtype
 
@@ -173,13 +173,16 @@ def _keeps_codes(input: torch.Tensor, weight: torch.Tensor) -> bool:
         and weight.dtype == torch.float32
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
-        and not any(torch._C._functorch.is_functorch_wrapped_tensor(each) for each in (input, weight))
+        and not any(
+            torch._C._functorch.is_functorch_wrapped_tensor(each)  # pyright: ignore[reportAttributeAccessIssue]
+            for each in (input, weight)
+        )
     )
 
 
 def _kept_codes(weight: torch.Tensor, cast: Cast) -> Quantized:
     bits = weight.detach().view(torch.int32)
-    kept = _kept.setdefault(weight, {})
+    kept: Any = _kept.setdefault(weight, {})
     if cast in kept:
         before, quantized = kept[cast]
         if before.shape == bits.shape and not torch.count_nonzero(before ^ bits):

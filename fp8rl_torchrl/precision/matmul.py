@@ -142,7 +142,9 @@ def _native_2d(
     else:
         kernel_factors = (factors[0].reshape(()), factors[1].reshape(()))
     dtype = torch.float32 if scale_after else _kernel(out_dtype)
-    product = torch._scaled_mm(left, right, *kernel_factors, out_dtype=dtype, use_fast_accum=fast_accum)
+    product = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        left, right, *kernel_factors, out_dtype=dtype, use_fast_accum=fast_accum
+    )
     if scale_after:
         product = product * factors[0] * factors[1]
     return product.to(out_dtype)
@@ -166,7 +168,7 @@ def _native_ensemble(
         for factor, operand in zip((left_factor, right_factor), operands, strict=True)
     ]
     if out_dtype == torch.bfloat16 and left.device.type == "cuda" and has_grouped_products(left.device):
-        product = torch._scaled_grouped_mm(
+        product = torch._scaled_grouped_mm(  # pyright: ignore[reportPrivateImportUsage]
             operands[0].contiguous(),
             operands[1].contiguous().mT,
             factors[0].squeeze(-1).contiguous(),
