@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from torchrl.objectives.utils import HardUpdate, SoftUpdate, TargetNetUpdater
 from torchrl.trainers import OptimizationStepper
 
 from fp8rl_torchrl.precision.mode import Precision
+from fp8rl_torchrl.training._refusals import fits_precision, float8_must_run, parameters_of, reaches, refuse_shared
 
 Schedule = Callable[[torch.Tensor], torch.Tensor]
 
@@ -48,7 +50,8 @@ class OptimStep(OptimizationStepper):
 
     Raises:
         ValueError: If there is no optimizer, one is not fused or cannot skip a step exactly, two of them share a
-            parameter, a parameter is not float32, or a number is out of range.
+            parameter, a parameter is not float32, a number is out of range, or the precision is an fp8 one and the
+            loss has no `Float8Linear` of its recipe (where the loss's networks cannot be seen: on the first call).
         TypeError: If the target updater is neither a ``SoftUpdate`` nor a ``HardUpdate``.
 
     Example:
@@ -88,8 +91,8 @@ class OptimStep(OptimizationStepper):
             raise TypeError(f"target_updater must be a SoftUpdate or a HardUpdate; got {type(target_updater).__name__}")
         if not self.optimizers:
             raise ValueError("give one optimizer, or {loss_key: optimizer} with an entry for each loss; got none")
-        self._parameters = {key: _parameters_of(key, each) for key, each in self.optimizers.items()}
-        _refuse_shared(self._parameters)
+        self._parameters = {key: parameters_of(key, each) for key, each in self.optimizers.items()}
+        refuse_shared(self._parameters)
         self.device = next(iter(self._parameters.values()))[0].device
         self.scalers = {
             key: torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
@@ -102,6 +105,7 @@ class OptimStep(OptimizationStepper):
         }
         self.updates = torch.zeros((), dtype=torch.int64, device=self.device)
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._float8_seen = fits_precision(loss, self.precision)
         self._base_lr: list[list[torch.Tensor]] = []
         if lr_schedule is not None:
             self._base_lr = [[_lr_tensor(group, self.device) for group in o.param_groups] for o in self._all()]
@@ -144,7 +148,7 @@ class OptimStep(OptimizationStepper):
         return [parameter for parameter in self._parameters[key] if parameter.requires_grad]
 
     def _update(self, batch: TensorDictBase, compute_loss: Callable[[TensorDictBase], TensorDictBase]) -> TensorDict:
-        with self.precision.autocast(self.device):
+        with self.precision.autocast(self.device), self._watched():
             outputs = compute_loss(batch)
         losses = self._select_losses(outputs)
         if not self._checked:
@@ -155,6 +159,13 @@ class OptimStep(OptimizationStepper):
             self._last_step = self._apply()
         metrics = {key: value.detach() for key, value in outputs.items()}
         return TensorDict({**metrics, **self._last_step}, batch_size=[])
+
+    def _watched(self) -> contextlib.AbstractContextManager[None]:
+        """The first time, FP8 must be seen to run, unless it was seen before."""
+        if self._float8_seen:
+            return contextlib.nullcontext()
+        self._float8_seen = True
+        return float8_must_run(self.precision)
 
     def _select_losses(self, outputs: TensorDictBase) -> dict[str, torch.Tensor]:
         found = {key: value for key, value in outputs.items() if isinstance(key, str) and key.startswith("loss")}
@@ -179,10 +190,10 @@ class OptimStep(OptimizationStepper):
                     stacklevel=4,
                 )
             for owner in self.optimizers:
-                reaches = _reaches(loss, self._trainable(owner))
-                if owner == key and not reaches:
+                reached = reaches(loss, self._trainable(owner))
+                if owner == key and not reached:
                     raise ValueError(f"{key!r} does not depend on any parameter of its optimizer")
-                if owner != key and reaches:
+                if owner != key and reached:
                     raise ValueError(
                         f"{key!r} reaches parameters that belong to the optimizer of {owner!r}. Their loss scales can "
                         "differ, so the gradients must not mix: detach what one loss uses of the other's network, or "
@@ -280,55 +291,6 @@ class OptimStep(OptimizationStepper):
         for optimizer in self._all():
             optimizer.zero_grad(set_to_none=True)
         self._calls, self._finite = 0, self._all_finite()
-
-
-def _reaches(loss: torch.Tensor, parameters: list[torch.Tensor]) -> bool:
-    """Whether the loss depends on any of the parameters."""
-    if not loss.requires_grad or not parameters:
-        return False
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
-    return any(gradient is not None for gradient in gradients)
-
-
-def _parameters_of(key: str, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    if not optimizer.defaults.get("fused"):
-        name = type(optimizer).__name__
-        fusible = ("Adam", "AdamW", "SGD", "Adagrad")
-        advice = f"build it as torch.optim.{name if name in fusible else 'Adam'}(..., fused=True)"
-        raise ValueError(
-            f"the optimizer of {key!r}, {name}, is not fused, so it cannot skip an update without waiting for the "
-            f"device: {advice} ({', '.join(fusible)} have this option)"
-        )
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    low = sorted({str(p.dtype) for p in parameters if p.dtype != torch.float32})
-    if low:
-        raise ValueError(f"the parameters of {key!r} must be float32 master weights; found {', '.join(low)}")
-    if isinstance(optimizer, torch.optim.SGD):
-        _start_momentum(key, optimizer)
-    return parameters
-
-
-def _start_momentum(key: str, optimizer: torch.optim.SGD) -> None:
-    """Start the momentum at zero: fused SGD leaves it uninitialised if its very first step is skipped."""
-    for group in optimizer.param_groups:
-        if group["momentum"] and group["dampening"]:
-            raise ValueError(
-                f"the optimizer of {key!r}, SGD with dampening, cannot skip its first step; drop dampening"
-            )
-        for parameter in group["params"] if group["momentum"] else ():
-            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-
-
-def _refuse_shared(parameters: dict[str, list[torch.Tensor]]) -> None:
-    owner: dict[int, str] = {}
-    for key, tensors in parameters.items():
-        for tensor in tensors:
-            if id(tensor) in owner:
-                raise ValueError(
-                    f"the optimizers of {owner[id(tensor)]!r} and {key!r} share a parameter of shape "
-                    f"{tuple(tensor.shape)}; give each parameter to one optimizer"
-                )
-            owner[id(tensor)] = key
 
 
 def _lr_tensor(group: dict[str, Any], device: torch.device) -> torch.Tensor:
