@@ -18,7 +18,7 @@ from fp8rl_torchrl.training.checkpoint import PipelineCheckpoints, latest_checkp
 from fp8rl_torchrl.training.loop import Report
 from fp8rl_torchrl.training.metrics import Loggers, require_wandb
 from fp8rl_torchrl.training.run import Run
-from fp8rl_torchrl.training.run_folder import RunFolder
+from fp8rl_torchrl.training.run_folder import RunFolder, write_json
 
 Config = TypeVar("Config", bound=RecipeConfig)
 
@@ -91,6 +91,8 @@ def main(argv: list[str]) -> int:
             latest_checkpoint(folder.checkpoints)  # nothing is written to a folder that cannot be resumed
         else:
             folder.create(config.to_dict())
+            if pipeline.conversion is not None:
+                write_json(folder.conversion, pipeline.conversion.to_dict())
         checkpoints = PipelineCheckpoints(pipeline, CollectorState(pipeline.collector), folder.checkpoints)
         loggers = Loggers(folder.path, options.wandb, config.to_dict())
         progress = Progress(config)
@@ -105,6 +107,8 @@ def main(argv: list[str]) -> int:
     if options.resume and not restores_exactly(pipeline.env):
         print(f"{config.env} keeps state that cannot be restored: training resumes at fresh episodes")
     print(f"{title} on {config.device}, run folder {folder.path}")
+    if pipeline.conversion is not None:
+        print(f"\n{pipeline.conversion}\n")
     if pipeline.finished:
         print("its budget is spent, so nothing is left to train: extend it with --total-frames or --episodes")
     progress.start_at(pipeline.frames, pipeline.episodes, pipeline.recent_returns)

@@ -6,6 +6,8 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from fp8rl_torchrl.precision.capability import choose_backend
 from fp8rl_torchrl.precision.linear_function import float8_product
@@ -106,7 +108,8 @@ class Float8Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         """The shape, and what each product multiplies on the parameters' device."""
-        return f"{super().extra_repr()}, recipe={self.recipe}, {self.runs()}, {products_in_words(self.recipe, self.runs())}"
+        runs = self.runs()
+        return f"{super().extra_repr()}, recipe={self.recipe}, {runs}, {products_in_words(self.recipe, runs)}"
 
     def runs(self) -> str:
         """``native`` or ``emulated`` on the device where the weight is, or why it cannot run there."""

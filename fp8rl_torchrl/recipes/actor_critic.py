@@ -75,7 +75,8 @@ def build_actor_critic(config: ActorCriticConfig) -> Pipeline:
     seed_everything(config.seed)
     env = config.make_env()
     agent = ActorCritic.for_env(env, config.hidden, config.shared)
-    collector = make_collector(env, agent.policy, config.frames_per_collection)
+    conversion = config.convert_agent(agent)
+    collector = make_collector(env, config.rollout_policy(agent.policy), config.frames_per_collection)
     replay = replay_buffer(config.replay_size, config.batch_size, config.device)
     loss = ReplayedActorCriticLoss(
         agent,
@@ -91,7 +92,7 @@ def build_actor_critic(config: ActorCriticConfig) -> Pipeline:
         max_grad_norm=config.max_grad_norm,
         lr_schedule=linear_decay(config.lr_decay_updates, config.lr_final),
     )
-    return Pipeline(env, agent, collector, replay, loss, step, config)
+    return Pipeline(env, agent, collector, replay, loss, step, config, conversion)
 
 
 def linear_decay(updates: int, final: float) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 from torchrl.envs import EnvBase
 
 from fp8rl_torchrl.envs.gym import make
+from fp8rl_torchrl.precision.convert import ConversionReport, convert, twin
 from fp8rl_torchrl.precision.mode import Precision
 from fp8rl_torchrl.training.loop import LoopConfig
 from fp8rl_torchrl.training.run import RunSchedule
@@ -37,7 +39,15 @@ class RecipeConfig(LoopConfig, RunSchedule):
     env: str = "CustomEnv"
     """The task: "CustomEnv", or any Gymnasium id."""
     precision: str = "bf16"
-    """What the loss computes in: fp32, tf32, bf16 or fp16. The policy collects in fp32."""
+    """What the loss computes in: fp32, tf32, bf16, fp16, fp8, fp8-tensorwise or fp8-rowwise-gw-hp."""
+    rollout_precision: str | None = None
+    """What the collecting policy computes in. By default fp32; with an fp8 precision, the same as the loss."""
+    fp8_base: str = "bf16"
+    """What everything but the FP8 products runs in: bf16 or fp32."""
+    fp8_backend: str = "auto"
+    """FP8 products in hardware (native) or emulated; auto is native where the device has them."""
+    fp8_skip: tuple[str, ...] = ()
+    """Layers to leave out of FP8, as glob patterns on their names."""
     init_scale: float = 2.0**16
     """First loss scale of fp16."""
     growth_interval: int = 2000
@@ -67,7 +77,9 @@ class RecipeConfig(LoopConfig, RunSchedule):
         """Refuse what cannot be run, before anything is built."""
         LoopConfig.__post_init__(self)
         RunSchedule.__post_init__(self)
-        self.make_precision()
+        if self.make_precision().fp8_recipe is None and self.fp8_skip:
+            raise ValueError(f"fp8_skip is an option of the fp8 precisions; the precision is {self.precision!r}")
+        self.make_rollout_precision()
         for name in ("num_threads", "num_envs", "frames_per_collection", "report_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
@@ -100,11 +112,38 @@ class RecipeConfig(LoopConfig, RunSchedule):
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {self.device!r} cannot be used here: {reason}") from None
-        return dataclasses.replace(self, device=name)
+        return dataclasses.replace(self, device=name, rollout_precision=self.make_rollout_precision().name)
 
     def make_precision(self) -> Precision:
-        """The precision by its name, with this configuration's loss scaling."""
-        return Precision(self.precision, init_scale=self.init_scale, growth_interval=self.growth_interval)
+        """The loss's precision, with this configuration's loss scaling and FP8 options."""
+        fp8_options = {"base": self.fp8_base, "backend": self.fp8_backend}
+        return Precision(
+            self.precision, init_scale=self.init_scale, growth_interval=self.growth_interval, **fp8_options
+        )
+
+    def make_rollout_precision(self) -> Precision:
+        """The collecting policy's precision, which by default goes with the loss's."""
+        learner = self.make_precision()
+        name = self.rollout_precision or (self.precision if learner.fp8_recipe else "fp32")
+        rollout = Precision(name)
+        return (
+            dataclasses.replace(rollout, base=learner.base, backend=learner.backend) if rollout.fp8_recipe else rollout
+        )
+
+    def convert_agent(self, agent: nn.Module) -> ConversionReport | None:
+        """Replace the linear layers of the networks, in place, where the precision is an fp8 one.
+
+        Raises:
+            ConversionError: If no layer can be replaced.
+        """
+        precision = self.make_precision()
+        return convert(agent, precision, self.fp8_skip) if precision.fp8_recipe else None
+
+    def rollout_policy(self, policy: Any) -> Any:
+        """The policy that collects: the learner's own where that runs in FP32, else its twin."""
+        precision = self.make_rollout_precision()
+        plain = precision.name == "fp32" and self.make_precision().fp8_recipe is None
+        return policy if plain else twin(policy, precision)
 
     def make_env(self) -> EnvBase:
         """The training environment."""

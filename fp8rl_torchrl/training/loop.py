@@ -15,6 +15,8 @@ from torchrl.data import TensorDictReplayBuffer
 from torchrl.envs import EnvBase
 from torchrl.objectives import LossModule
 
+from fp8rl_torchrl.precision.convert import ConversionReport
+from fp8rl_torchrl.training.rollout_gap import rollout_gap
 from fp8rl_torchrl.training.step import OptimStep
 
 RECENT_EPISODES = 100
@@ -65,7 +67,8 @@ class Report:
     episode_length: float
     """Mean length of the last 100 episodes, in steps; NaN before the first ends."""
     metrics: Mapping[str, float]
-    """Means over the applied updates of what the loss and the step returned; empty before learning starts."""
+    """Means over the applied updates of what the loss and the step returned, and how far the learner's policy was from
+    the one that collected (see `fp8rl_torchrl.training.rollout_gap`); empty before learning starts."""
     skipped_steps: int
     """Optimizer steps skipped for a non-finite loss or gradient since the start."""
 
@@ -94,6 +97,7 @@ class Pipeline:
         loss: Computes the losses of a batch.
         step: Performs one update.
         config: Budget and pace: a `LoopConfig`, or a recipe's config.
+        conversion: What `fp8rl_torchrl.convert` did to the agent, for the record.
 
     Attributes:
         frames: Environment steps so far.
@@ -110,9 +114,11 @@ class Pipeline:
         loss: LossModule,
         step: OptimStep,
         config: LoopConfig,
+        conversion: ConversionReport | None = None,
     ) -> None:
         self.env, self.agent, self.collector, self.replay = env, agent, collector, replay
         self.loss, self.step, self.config = loss, step, config
+        self.conversion = conversion
         self.frames = 0
         self.episodes = 0
         self.seconds = 0.0
@@ -137,12 +143,13 @@ class Pipeline:
             started = time.perf_counter()
             rollout = next(experience)
             self.replay.extend(rollout.select(*self.loss.in_keys).reshape(-1))
-            updates = []
+            updates, gap = [], {}
             if len(self.replay) >= self.config.min_replay:
+                gap = rollout_gap(getattr(self.agent, "policy", None), rollout, self.step.precision)
                 updates = [self.step(self.replay.sample()) for _ in range(self.config.updates_per_collection)]
             self.frames += rollout.numel()
             returns = self._note_episodes(rollout)
-            metrics = _mean_over_applied(updates)
+            metrics = _mean_over_applied(updates) | gap
             self.seconds += time.perf_counter() - started
             yield self._report(returns, metrics)
 

@@ -36,6 +36,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.csv"
         self.summary = self.path / "summary.json"
         self.curve = self.path / "learning_curve.png"
+        self.conversion = self.path / "conversion.json"
         self.checkpoints = self.path / "checkpoints"
 
     def refuse_if_occupied(self) -> None:
