@@ -20,10 +20,13 @@ import fp8rl_torchrl as f8
 NAMES = {
     "ActorCritic": "models.actor_critic",
     "EvalResult": "training.evaluate",
+    "Float8Linear": "precision.linear",
     "OptimStep": "training.step",
     "Pipeline": "training.loop",
     "Precision": "precision.mode",
+    "convert": "precision.convert",
     "evaluate": "training.evaluate",
+    "twin": "precision.convert",
     "envs.CustomEnv": "envs.custom",
     "envs.make": "envs.gym",
     "envs.check_env": "envs.conformance",

@@ -10,8 +10,15 @@ import torch
 from torch import nn
 
 from fp8rl_torchrl.precision.mode import Precision, has_tf32
+from fp8rl_torchrl.precision.recipe import RECIPES
 
 NAMES = ("fp32", "tf32", "bf16", "fp16")
+FP8 = {
+    "fp8": "rowwise",
+    "fp8-rowwise": "rowwise",
+    "fp8-tensorwise": "tensorwise",
+    "fp8-rowwise-gw-hp": "rowwise-gw-hp",
+}
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,23 +42,45 @@ def features():
     return torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *FP8])
 def test_every_name_is_accepted_and_kept(name):
     assert Precision(name).name == name
-    assert Precision.names() == NAMES
+    assert Precision.names() == (*NAMES, *FP8)
 
 
 @pytest.mark.parametrize("name", ["banana", "FP16", "float16", "", "auto", "fp4", None, "fp8-banana"])
 def test_an_unknown_name_is_refused_with_the_names(name):
-    with pytest.raises(ValueError, match=r"unknown precision .*; use one of fp32, tf32, bf16, fp16$") as error:
+    with pytest.raises(ValueError, match=r"unknown precision .*; use one of fp32, tf32, bf16, fp16, fp8, .*fp8-rowwise-gw-hp$") as error:
         Precision(name)
     assert repr(name) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8-rowwise", "fp8-tensorwise", "fp8-rowwise-gw-hp"])
-def test_fp8_is_refused_for_now(name):
-    with pytest.raises(ValueError, match=rf"'{name}' is not available in this version.*use one of fp32, tf32, bf16"):
-        Precision(name)
+@pytest.mark.parametrize("name", FP8)
+def test_an_fp8_name_stands_for_a_recipe_on_a_base(name):
+    assert Precision(name).fp8_recipe == FP8[name]
+    assert Precision(name).fp8_recipe in RECIPES
+    assert Precision(name).autocast_dtype == torch.bfloat16
+    assert Precision(name, base="fp32").autocast_dtype is None
+    assert not Precision(name).scales_loss
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_others_have_no_recipe(name):
+    assert Precision(name).fp8_recipe is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("fp8", {"base": "fp16"}, "base must be 'bf16' or 'fp32'; got 'fp16'"),
+        ("fp8", {"backend": "fast"}, "backend must be 'auto', 'native' or 'emulated'; got 'fast'"),
+        ("bf16", {"base": "fp32"}, "options of the fp8 precisions; 'bf16' has neither"),
+        ("fp32", {"backend": "native"}, "options of the fp8 precisions; 'fp32' has neither"),
+    ],
+)
+def test_options_of_fp8_are_checked(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        Precision(name, **options)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +111,13 @@ def test_an_immutable_value():
 
 def test_the_arguments_are_kept_as_given():
     precision = Precision("fp16", init_scale=8.0, growth_interval=3)
-    assert dataclasses.asdict(precision) == {"name": "fp16", "init_scale": 8.0, "growth_interval": 3}
+    assert dataclasses.asdict(precision) == {
+        "name": "fp16",
+        "init_scale": 8.0,
+        "growth_interval": 3,
+        "base": "bf16",
+        "backend": "auto",
+    }
 
 
 def test_of_takes_a_name_or_a_precision():

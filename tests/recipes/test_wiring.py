@@ -31,7 +31,7 @@ NAN = float("nan")
         ({"final_eval_episodes": 0}, "final_eval_episodes must be >= 1"),
         ({"checkpoint_every": 0}, "checkpoint_every must be >= 1"),
         ({"precision": "banana"}, "unknown precision 'banana'; use one of fp32, tf32, bf16, fp16"),
-        ({"precision": "fp8"}, "not available in this version"),
+        ({"rollout_precision": "banana"}, "unknown precision 'banana'"),
         ({"init_scale": 0.0}, "init_scale must be > 0"),
         ({"growth_interval": 0}, "growth_interval must be >= 1"),
         ({"num_threads": 0}, "num_threads must be >= 1"),
@@ -110,7 +110,7 @@ def test_auto_is_cuda_where_there_is_one(there_is_one, device, monkeypatch):
     monkeypatch.setattr(wiring.torch.cuda, "is_available", lambda: there_is_one)
     monkeypatch.setattr(wiring.torch, "empty", lambda *shape, device: made.append(device))
     config = RecipeConfig(seed=3).resolved()
-    assert config == RecipeConfig(seed=3, device=device)
+    assert config == RecipeConfig(seed=3, device=device, rollout_precision="fp32")
     assert made == [device], "a device is tried out before anything is built"
 
 

@@ -20,7 +20,7 @@ from programs import SMALL, call, evaluate, newest, refused, train, tree
         (["--episodes=0"], "episodes must be >= 1"),
         (["--total-frames=0"], "total_frames must be >= 1"),
         (["--precision=banana"], "unknown precision 'banana'; use one of fp32, tf32, bf16, fp16"),
-        (["--precision=fp8"], "precision 'fp8' is not available in this version"),
+        (["--precision=fp8"], "nothing to convert: every linear layer would stay in high precision"),
         (["--env=NoSuchEnv-v0"], "there is no environment 'NoSuchEnv-v0'"),
         (["--env=nosuchpackage:Env-v0"], "No module named 'nosuchpackage'"),
         (["--env=Blackjack-v1"], "observations of the space Tuple are not supported"),
