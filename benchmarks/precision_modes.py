@@ -24,7 +24,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from fp8rl_torchrl import Precision, evaluate
+from fp8rl_torchrl import evaluate
 from fp8rl_torchrl.recipes import ActorCriticConfig, build
 from fp8rl_torchrl.training.run_folder import made_with
 
@@ -36,8 +36,10 @@ SOLVED = 215.0
 class Options:
     """What to compare, and where the results go."""
 
-    modes: tuple[str, ...] = ("fp32", "bf16", "fp16")
+    modes: tuple[str, ...] = ("fp32", "bf16", "fp16", "fp8")
     """Precision modes."""
+    rollout_precision: str | None = None
+    """What the policy collects in; by default fp32, and for an fp8 mode the same as the loss."""
     seeds: int = 5
     """Seeds of each mode, counted from --first-seed."""
     first_seed: int = 1000
@@ -95,27 +97,33 @@ def plan(options: Options) -> list[ActorCriticConfig]:
     """
     if options.seeds < 1:
         raise ValueError(f"seeds must be >= 1; got {options.seeds}")
-    base = ActorCriticConfig(
-        env=options.env, episodes=options.episodes, hidden=options.hidden, device=options.device
-    ).resolved()
-    for mode in options.modes:
-        Precision(mode)
+    base = ActorCriticConfig(env=options.env, episodes=options.episodes, hidden=options.hidden, device=options.device)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    return [replace(base, precision=mode, seed=seed) for seed in seeds for mode in options.modes]
+    runs = ((seed, mode) for seed in seeds for mode in options.modes)
+    return [
+        replace(base, precision=mode, rollout_precision=options.rollout_precision, seed=seed).resolved()
+        for seed, mode in runs
+    ]
 
 
 def train_one(config: ActorCriticConfig, eval_episodes: int) -> dict[str, Any]:
     """Train and evaluate one configuration; runs in a process of its own.
 
     Returns:
-        The record: configuration, learning curve, returns, seconds, peak memory in MiB, skipped steps.
+        The record: configuration, conversion to FP8, learning curve, returns, seconds, peak memory in MiB, skipped
+        steps, and the largest gap between the distributions of rollout and learner.
     """
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torchrl")
     torch.set_num_threads(config.num_threads)
     pipeline = build(config)
     on_cuda = config.device.startswith("cuda")
-    curve = [(report.frames, report.episode_return) for report in pipeline]
+    curve, gaps = [], []
+    for report in pipeline:
+        curve.append((report.frames, report.episode_return))
+        if "rollout_kl" in report.metrics:
+            gaps.append((report.metrics["rollout_kl"], report.metrics["rollout_ratio_error"]))
+    largest_kl, largest_ratio_error = map(max, zip(*gaps, strict=True)) if gaps else (None, None)
     result = evaluate(pipeline.agent.policy, pipeline.env, eval_episodes)
     if on_cuda:
         peak = torch.cuda.max_memory_allocated() / 2**20
@@ -124,6 +132,7 @@ def train_one(config: ActorCriticConfig, eval_episodes: int) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return {
         "config": config.to_dict(),
+        "conversion": pipeline.conversion.to_dict() if pipeline.conversion else None,
         "curve": [point for point in curve if point[1] == point[1]],
         "eval_return_mean": result.mean,
         "eval_return_std": result.std,
@@ -131,6 +140,8 @@ def train_one(config: ActorCriticConfig, eval_episodes: int) -> dict[str, Any]:
         "frames": pipeline.frames,
         "updates": int(pipeline.step.updates),
         "skipped_steps": int(pipeline.step.skipped_steps),
+        "rollout_kl_max": largest_kl,
+        "rollout_ratio_error_max": largest_ratio_error,
         "peak_memory_mib": peak,
         "memory_of": "device" if on_cuda else "process",
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -148,25 +159,35 @@ def by_mode(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def table(records: list[dict[str, Any]]) -> str:
     """One row a mode, with the spread over seeds, then the return of every seed."""
     groups = by_mode(records)
+    width = max(map(len, ("mode", *groups)))
     lines = [
-        f"{'mode':<6} {'seeds':>5} {'return: mean':>12} {'min':>7} {'max':>7} {'solved':>7} "
-        f"{'seconds: median':>15} {'min':>6} {'max':>6} {'peak MiB':>9} {'skipped':>8}"
+        f"{'mode':<{width}} {'seeds':>5} {'return: mean':>12} {'min':>7} {'max':>7} {'solved':>7} "
+        f"{'seconds: median':>15} {'min':>6} {'max':>6} {'peak MiB':>9} {'skipped':>8} {'FP8 share':>9} "
+        f"{'products':>8} {'max |ratio-1|':>13}"
     ]
     for mode, group in groups.items():
         returns = [record["eval_return_mean"] for record in group]
         seconds = [record["train_seconds"] for record in group]
         solved = f"{sum(value >= SOLVED for value in returns)}/{len(returns)}"
         lines.append(
-            f"{mode:<6} {len(group):>5} {statistics.mean(returns):>12.1f} {min(returns):>7.1f} {max(returns):>7.1f} "
+            f"{mode:<{width}} {len(group):>5} "
+            f"{statistics.mean(returns):>12.1f} {min(returns):>7.1f} {max(returns):>7.1f} "
             f"{solved:>7} {statistics.median(seconds):>15.1f} {min(seconds):>6.1f} {max(seconds):>6.1f} "
             f"{statistics.median(r['peak_memory_mib'] for r in group):>9.0f} "
-            f"{sum(r['skipped_steps'] for r in group):>8}"
+            f"{sum(r['skipped_steps'] for r in group):>8} {_share(group[0]):>9} "
+            f"{(group[0]['conversion'] or {'backend': '-'})['backend']:>8} "
+            f"{max(r['rollout_ratio_error_max'] or 0.0 for r in group):>13.2g}"
         )
     lines.append("")
     for mode, group in groups.items():
         each = "  ".join(f"{record['config']['seed']}: {record['eval_return_mean']:.1f}" for record in group)
-        lines.append(f"{mode:<6} return by seed  {each}")
+        lines.append(f"{mode:<{width}} return by seed  {each}")
     return "\n".join(lines)
+
+
+def _share(record: dict[str, Any]) -> str:
+    """The part of the linear layers' multiply-adds that ran in FP8."""
+    return f"{record['conversion']['fp8_share']:.0%}" if record["conversion"] else "-"
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
@@ -199,12 +220,14 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     times.set(title="time (line: median)", ylabel="training time, s")
     times.set_ylim(bottom=0)
     for axes in (finals, times):
-        axes.set_xticks(range(len(groups)), list(groups))
+        axes.set_xticks(range(len(groups)), [mode.replace("fp8-", "fp8-\n") for mode in groups])
         axes.set_xlim(-0.6, len(groups) - 0.4)
     for axes in (curves, finals, times):
         axes.grid(alpha=0.3)
     hidden = "×".join(map(str, config["hidden"]))
-    figure.suptitle(f"{config['env']}, actor-critic {hidden}, {config['device']}")
+    emulated = any(record["conversion"] and record["conversion"]["backend"] == "emulated" for record in records)
+    note = "; FP8 emulated, so its time is no measure of FP8 hardware" if emulated else ""
+    figure.suptitle(f"{config['env']}, actor-critic {hidden}, {config['device']}{note}")
     figure.savefig(path)
 
 

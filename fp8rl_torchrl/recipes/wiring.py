@@ -64,8 +64,8 @@ class RecipeConfig(LoopConfig, RunSchedule):
     """Environment steps between two phases of updates, over all environments."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the layers of each network."""
-    lr: float = 1e-3
-    """Learning rate at the start."""
+    lr: float | None = None
+    """Learning rate at the start; by default 1e-3, or 1e-4 where a layer is wider than 64."""
     gamma: float = 0.99
     """Discount of rewards to come, per step."""
     max_grad_norm: float = 0.5
@@ -91,15 +91,16 @@ class RecipeConfig(LoopConfig, RunSchedule):
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"hidden must name at least one layer, each at least 1 wide; got {self.hidden}")
         for name in ("lr", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0; got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be > 0; got {value}")
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma must lie in [0, 1]; got {self.gamma}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32); got {self.seed}")
 
     def resolved(self: Config) -> Config:
-        """The same configuration with every ``auto`` replaced by what it stands for on this machine.
+        """The same configuration with every default that depends on others, or on this machine, put in its place.
 
         Raises:
             ValueError: If the device does not exist.
@@ -112,7 +113,8 @@ class RecipeConfig(LoopConfig, RunSchedule):
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {self.device!r} cannot be used here: {reason}") from None
-        return dataclasses.replace(self, device=name, rollout_precision=self.make_rollout_precision().name)
+        lr = self.lr if self.lr is not None else 1e-3 if max(self.hidden) <= 64 else 1e-4
+        return dataclasses.replace(self, device=name, lr=lr, rollout_precision=self.make_rollout_precision().name)
 
     def make_precision(self) -> Precision:
         """The loss's precision, with this configuration's loss scaling and FP8 options."""

@@ -110,8 +110,16 @@ def test_auto_is_cuda_where_there_is_one(there_is_one, device, monkeypatch):
     monkeypatch.setattr(wiring.torch.cuda, "is_available", lambda: there_is_one)
     monkeypatch.setattr(wiring.torch, "empty", lambda *shape, device: made.append(device))
     config = RecipeConfig(seed=3).resolved()
-    assert config == RecipeConfig(seed=3, device=device, rollout_precision="fp32")
+    assert config == RecipeConfig(seed=3, device=device, lr=1e-3, rollout_precision="fp32")
     assert made == [device], "a device is tried out before anything is built"
+
+
+@pytest.mark.parametrize(
+    ("hidden", "lr", "resolved"),
+    [((64, 64), None, 1e-3), ((64, 65), None, 1e-4), ((256, 256, 256), None, 1e-4), ((256,), 0.01, 0.01)],
+)
+def test_wide_networks_learn_with_smaller_steps(hidden, lr, resolved):
+    assert RecipeConfig(hidden=hidden, lr=lr, device="cpu").resolved().lr == resolved
 
 
 def test_a_named_device_is_kept():
