@@ -87,7 +87,7 @@ def build_actor_critic(config: ActorCriticConfig) -> Pipeline:
     )
     step = OptimStep(
         loss,
-        torch.optim.Adam(agent.parameters(), lr=config.lr, fused=True),
+        torch.optim.Adam(agent.parameters(), lr=config.initial_lr(), fused=True),
         config.make_precision(),
         max_grad_norm=config.max_grad_norm,
         lr_schedule=linear_decay(config.lr_decay_updates, config.lr_final),

@@ -113,8 +113,14 @@ class RecipeConfig(LoopConfig, RunSchedule):
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {self.device!r} cannot be used here: {reason}") from None
-        lr = self.lr if self.lr is not None else 1e-3 if max(self.hidden) <= 64 else 1e-4
-        return dataclasses.replace(self, device=name, lr=lr, rollout_precision=self.make_rollout_precision().name)
+        rollout = self.make_rollout_precision().name
+        return dataclasses.replace(self, device=name, lr=self.initial_lr(), rollout_precision=rollout)
+
+    def initial_lr(self) -> float:
+        """The learning rate at the start."""
+        if self.lr is not None:
+            return self.lr
+        return 1e-3 if max(self.hidden) <= 64 else 1e-4
 
     def make_precision(self) -> Precision:
         """The loss's precision, with this configuration's loss scaling and FP8 options."""

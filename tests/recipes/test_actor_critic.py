@@ -88,6 +88,7 @@ def test_options_reach_the_part_they_are_for():
         shared=False,
         lr_decay_updates=10,
         lr_final=0.5,
+        rollout_precision="bf16",
     )
     pipeline = build(config)
     loss = pipeline.loss

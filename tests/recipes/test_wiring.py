@@ -62,7 +62,7 @@ def test_the_limits_themselves_can_be_run():
 
 def test_the_documented_defaults():
     config = RecipeConfig()
-    assert (config.env, config.precision, config.hidden, config.lr) == ("CustomEnv", "bf16", (64, 64), 1e-3)
+    assert (config.env, config.precision, config.hidden, config.initial_lr()) == ("CustomEnv", "bf16", (64, 64), 1e-3)
     assert (config.gamma, config.episodes, config.report_every) == (0.99, 2000, 100)
 
 
