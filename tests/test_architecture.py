@@ -40,7 +40,8 @@ def package():
 
 @pytest.fixture(scope="module")
 def everything():
-    return read(PACKAGE, "scripts", "benchmarks", "tests")
+    shell_scripts = {path.relative_to(ROOT).as_posix(): "" for path in (ROOT / "benchmarks").glob("*.sh")}
+    return read(PACKAGE, "scripts", "benchmarks", "tests") | shell_scripts
 
 
 # --- imports ---
@@ -213,13 +214,13 @@ OF_A_WHOLE_PART = {"tests/recipes/test_learning.py"}
 def misplaced_tests(files):
     """Test files that belong to no module: ``tests/<part>/test_<module>.py``, or ``test_<module>_<what>.py``.
 
-    ``tests/scripts`` mirrors ``scripts`` in the same way.
+    ``tests/scripts`` and ``tests/benchmarks`` mirror ``scripts`` and ``benchmarks`` in the same way.
     """
     for path in files:
         folder, *parts, name = PurePosixPath(path).parts
         if folder != "tests" or not parts or not name.startswith("test_") or path in OF_A_WHOLE_PART:
             continue
-        beside = "scripts/" if parts == ["scripts"] else f"{PACKAGE}/{'/'.join(parts)}/"
+        beside = f"{parts[0]}/" if parts in (["scripts"], ["benchmarks"]) else f"{PACKAGE}/{'/'.join(parts)}/"
         modules = [
             PurePosixPath(other).stem for other in files if PurePosixPath(other).parent.as_posix() + "/" == beside
         ]

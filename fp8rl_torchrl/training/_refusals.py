@@ -22,6 +22,11 @@ def reaches(loss: torch.Tensor, parameters: list[torch.Tensor]) -> bool:
 
 
 def parameters_of(key: str, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The parameters of an optimizer that can skip a step exactly.
+
+    Raises:
+        ValueError: If it is not fused, has a parameter that is not float32, or is SGD with dampening.
+    """
     if not optimizer.defaults.get("fused"):
         name = type(optimizer).__name__
         fusible = ("Adam", "AdamW", "SGD", "Adagrad")
@@ -51,6 +56,11 @@ def _start_momentum(key: str, optimizer: torch.optim.SGD) -> None:
 
 
 def refuse_shared(parameters: dict[str, list[torch.Tensor]]) -> None:
+    """Refuse optimizers that share a parameter.
+
+    Raises:
+        ValueError: If two of them do, naming both.
+    """
     owner: dict[int, str] = {}
     for key, tensors in parameters.items():
         for tensor in tensors:
