@@ -2,6 +2,7 @@
 
 from fp8rl_torchrl.precision.capability import Float8Capability, float8_capability
 from fp8rl_torchrl.precision.convert import ConversionError, ConversionReport, Twin
+from fp8rl_torchrl.precision.error import ErrorReport, ModuleError, TensorError, quantization_error
 from fp8rl_torchrl.precision.linear import Float8Linear
 from fp8rl_torchrl.precision.mode import Precision
 from fp8rl_torchrl.precision.recipe import RECIPES, Float8Recipe
@@ -10,10 +11,14 @@ __all__ = [
     "RECIPES",
     "ConversionError",
     "ConversionReport",
+    "ErrorReport",
     "Float8Capability",
     "Float8Linear",
     "Float8Recipe",
+    "ModuleError",
     "Precision",
+    "TensorError",
     "Twin",
     "float8_capability",
+    "quantization_error",
 ]

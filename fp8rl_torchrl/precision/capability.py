@@ -48,7 +48,7 @@ def float8_capability(device: torch.device | str) -> Float8Capability:
     device = torch.device(device)
     if device.type == "cpu":
         return Float8Capability(
-            str(device), _cpu_name(), "emulated", "one batched product", "CPUs have no FP8 arithmetic"
+            str(device), _cpu_name(), "emulated", "one batched product", "no FP8 hardware is used; slower than FP32"
         )
     if device.type == "cuda" and torch.version.hip is not None:
         return Float8Capability(
@@ -62,7 +62,11 @@ def float8_capability(device: torch.device | str) -> Float8Capability:
         return _nvidia(device)
     if device.type == "mps":
         return Float8Capability(
-            str(device), platform.processor() or "Apple", None, "none", "PyTorch has no FP8 type on MPS; use the CPU"
+            str(device),
+            f"Apple {platform.processor()}".strip(),
+            None,
+            "none",
+            "MPS: no e5m2, and e4m3 only from PyTorch 2.15 on; untested, so it is refused: use the CPU",
         )
     return Float8Capability(str(device), device.type, "emulated", "one batched product", "unknown device; untested")
 
@@ -75,7 +79,7 @@ def _nvidia(device: torch.device) -> Float8Capability:
         return Float8Capability(
             str(device), name, "emulated", "one batched product", f"{version}; FP8 needs {needed} or later"
         )
-    grouped = "one grouped product (rowwise, BF16), else a launch a member"
+    grouped = "one grouped product (e4m3 into BF16), else a launch a member"
     ensembles = grouped if has_grouped_products(device) else "a launch a member"
     return Float8Capability(str(device), name, "native", ensembles, version)
 
@@ -85,7 +89,7 @@ def has_grouped_products(device: torch.device) -> bool:
     return hasattr(torch, "_scaled_grouped_mm") and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def choose_backend(device: torch.device, backend: str = "auto") -> Backend:
+def choose_backend(device: torch.device | str, backend: str = "auto") -> Backend:
     """The backend to use: the one asked for, or the best that the device has.
 
     Args:
@@ -98,13 +102,14 @@ def choose_backend(device: torch.device, backend: str = "auto") -> Backend:
     """
     if backend not in ("auto", "native", "emulated"):
         raise ValueError(f"backend must be 'auto', 'native' or 'emulated'; got {backend!r}")
+    device = torch.device(device)
     if device.type == "cpu":
         return "native" if backend == "native" else "emulated"
     found = float8_capability(device)
     if found.backend is None:
         raise RuntimeError(f"no FP8 on {found.device}: {found.reason}")
     if backend == "native" and found.backend != "native":
-        raise RuntimeError(f"{found.hardware} has no native FP8 products ({found.reason}); use backend='emulated'")
+        raise RuntimeError(f"no native FP8 products on {found.hardware} ({found.reason}); use backend='emulated'")
     return found.backend if backend == "auto" else backend  # pyright: ignore[reportReturnType]
 
 

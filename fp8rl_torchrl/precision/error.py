@@ -98,8 +98,8 @@ class ErrorReport:
         width = max(len(title) for title in (*sections, *(f"  {row.name}" for row in self.layers)))
         columns = ("output", "input grad", "weight grad")
         lines = [
-            " " * width + "".join(f"   {title:>13}" for title in columns),
-            " " * width + "".join(f"   {'error     dB':>13}" for _ in columns),
+            " " * width + "".join(f"  {title:>14}" for title in columns),
+            " " * width + "".join(f"  {'error     dB':>14}" for _ in columns),
         ]
         for title, rows in sections.items():
             if rows != (self.module,):
@@ -107,7 +107,7 @@ class ErrorReport:
             for row in rows:
                 cells = (row.output, row.input_grad, row.weight_grad)
                 label = title if row is self.module else f"  {row.name}"
-                lines.append(label.ljust(width) + "".join(f"   {error or '-'!s:>13}" for error in cells))
+                lines.append(label.ljust(width) + "".join(f"  {error or '-'!s:>14}" for error in cells))
         return "\n".join(lines)
 
 
@@ -188,13 +188,13 @@ class _Run(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """A call of a layer: what it was given, its output in both precisions, and the one that it handed on."""
+    """A call of a layer: what it was given, its output in both precisions, and the one of them that it handed on."""
 
     input: torch.Tensor
     weight: torch.Tensor
     float8: torch.Tensor
     twin: torch.Tensor
-    handed_on: torch.Tensor
+    output: torch.Tensor
 
 
 def _compare(name: str, values: _Tensors, references: _Tensors) -> ModuleError:
@@ -244,7 +244,7 @@ def _tracked(tree: Any) -> list[torch.Tensor]:
 def _pair(calls: list[_Call], outputs: list[torch.Tensor], starts: list[torch.Tensor]) -> _Pair:
     float8, twin = _Tensors([], [], []), _Tensors([], [], [])
     for call in calls:
-        (start,) = _gradients(outputs, [call.handed_on], starts)
+        (start,) = _gradients(outputs, [call.output], starts)
         for tensors, output in ((float8, call.float8), (twin, call.twin)):
             input_grad, weight_grad = _gradients([output], [call.input, call.weight], [start])
             tensors.output.append(output)
@@ -288,16 +288,16 @@ def _recorded(name: str, layer: Float8Linear, in_float8: bool) -> Iterator[list[
     calls: list[_Call] = []
 
     def forward(input: torch.Tensor) -> torch.Tensor:
-        if torch._C._functorch.is_functorch_wrapped_tensor(input):
+        if torch._C._functorch.is_functorch_wrapped_tensor(input):  # pyright: ignore[reportAttributeAccessIssue]
             raise RuntimeError(f"{name or 'the layer'} runs under vmap; measure one member of the ensemble by itself")
         # Copies, because others may also use the input, or write into the output.
         input = input.clone()
         if input.is_floating_point() and not input.requires_grad:
             input.requires_grad_()
         float8, twin = type(layer).forward(layer, input), _in_high_precision(layer, input)
-        handed_on = (float8 if in_float8 else twin).clone()
-        calls.append(_Call(input, layer.weight, float8, twin, handed_on))
-        return handed_on
+        output = float8 if in_float8 else twin
+        calls.append(_Call(input, layer.weight, float8, twin, output))
+        return output.clone()
 
     before = layer.__dict__.get("forward")
     layer.forward = forward

@@ -6,11 +6,9 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
 from fp8rl_torchrl.precision.capability import choose_backend
-from fp8rl_torchrl.precision.linear_function import float8_product
+from fp8rl_torchrl.precision.linear_function import add_bias, float8_product
 from fp8rl_torchrl.precision.matmul import native_kernel
 from fp8rl_torchrl.precision.recipe import RECIPES
 
@@ -76,7 +74,14 @@ class Float8Linear(nn.Linear):
             linear: The layer; it is not changed.
             recipe: As above.
             backend: As above.
+
+        Raises:
+            TypeError: If the layer is a subclass, such as a lazy or a parametrized one: what it adds would be lost.
         """
+        if type(linear) not in (nn.Linear, Float8Linear):
+            raise TypeError(
+                f"from_linear takes a torch.nn.Linear; got a {type(linear).__name__}, whose own ways would be lost"
+            )
         layer = _on_the_state_of(linear, cls)
         layer._set(recipe, backend)
         return layer
@@ -104,7 +109,7 @@ class Float8Linear(nn.Linear):
         rows = input.reshape(input.shape[:-1].numel(), self.in_features)
         output = float8_product(rows, self.weight, self.recipe, self.backend)
         output = output.reshape(*input.shape[:-1], self.out_features)
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+        return output if self.bias is None else add_bias(output, self.bias)
 
     def extra_repr(self) -> str:
         """The shape, and what each product multiplies on the parameters' device."""
@@ -138,5 +143,7 @@ Layer = TypeVar("Layer", bound=nn.Linear)
 def _on_the_state_of(linear: nn.Linear, kind: type[Layer]) -> Layer:
     """A layer of some kind that has the parameters, hooks and mode of another, but containers of its own for them."""
     layer = kind.__new__(kind)
-    layer.__dict__ = {key: each.copy() if isinstance(each, dict) else each for key, each in linear.__dict__.items()}
+    layer.__dict__ = {
+        key: each.copy() if isinstance(each, (dict, set)) else each for key, each in linear.__dict__.items()
+    }
     return layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,14 +37,130 @@ def float8_product(input: torch.Tensor, weight: torch.Tensor, recipe: str, backe
     return _Forward.apply(input, weight, recipe, backend)[0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
 
 
+@torch.compiler.allow_in_graph
+def add_bias(output: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """``output + bias`` in the output's dtype, also where a compiler would keep more bits than that has.
+
+    Args:
+        output: ``[..., N]``.
+        bias: ``[N]``.
+    """
+    bias = bias.to(output.dtype)
+    if not _is_traced():
+        return output + bias
+    rounded: Any = _Rounded.apply
+    return rounded(output + rounded(bias))
+
+
 def _multiply(gemm: Gemm, left: Quantized, right: Quantized, out_dtype: torch.dtype, backend: str) -> torch.Tensor:
     chosen = choose_backend(left[0].device, backend)
-    return scaled_matmul(*left, *right, out_dtype=out_dtype, fast_accum=gemm.fast_accum, backend=chosen)
+    product = scaled_matmul(*left, *right, out_dtype=out_dtype, fast_accum=gemm.fast_accum, backend=chosen)
+    return _as_rounded(product).to(out_dtype)
 
 
 def _turned(quantized: Quantized) -> Quantized:
     """The transpose of a matrix with one scale."""
     return quantized[0].mT, quantized[1].mT
+
+
+def _as_rounded(x: torch.Tensor) -> torch.Tensor:
+    """The very numbers of a BF16 tensor, as float32.
+
+    A compiler that fuses the cast with what made the tensor would skip the rounding to BF16, and arrive at other codes.
+    It cannot when the numbers are read by their bits.
+    """
+    if x.dtype != torch.bfloat16 or not _is_traced():
+        return x
+    return (x.view(torch.int16).to(torch.int32) << 16).view(torch.float32)
+
+
+class _Rounded(torch.autograd.Function):
+    """`_as_rounded`, in the dtype and with the gradient of what came in."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return _as_rounded(x).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+def _is_traced() -> bool:
+    """Whether a compiler is looking on. In what Dynamo takes as it is, only the modes on the dispatch stack tell."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _output(operands: tuple[torch.Tensor, ...], recipe: str, backend: str) -> tuple[torch.Tensor, ...]:
+    """The product ``output`` of input and weight, and what is saved for ``grad_weight``."""
+    input, weight = operands
+    products, out_dtype, input = RECIPES[recipe], input.dtype, _as_rounded(input)
+    left, right = quantize(input, products.output.left), quantize(weight, products.output.right)
+    output = _multiply(products.output, left, right, out_dtype, backend)
+    if products.grad_weight is None:
+        return (output,)
+    cast = products.grad_weight.right
+    # With one scale for all, the codes are the same, whichever way they are read.
+    same = cast == products.output.left and cast.scaling == "tensor"
+    left = _turned(left) if same else quantize(input.mT, cast)
+    # As integers, which autograd, vmap and compilers leave alone.
+    return output, left[0].view(torch.uint8), left[1]
+
+
+def _gradients(
+    operands: tuple[torch.Tensor, ...],
+    recipe: str,
+    backend: str,
+    needs_input: bool,
+    needs_weight: bool,
+    input_dtype: torch.dtype,
+) -> tuple[torch.Tensor, ...]:
+    """The products ``grad_input`` and ``grad_weight``, those of them that are needed."""
+    grad, weight, *saved = operands
+    products, rounded = RECIPES[recipe], _as_rounded(grad)
+    to_input, to_weight = products.grad_input, products.grad_weight
+    left = quantize(rounded, to_input.left)
+    gradients = []
+    if needs_input:
+        right = quantize(weight.mT, to_input.right)
+        gradients.append(_multiply(to_input, left, right, input_dtype, backend))
+    if needs_weight and to_weight is None:
+        with torch.autocast(grad.device.type, enabled=False):
+            gradients.append(torch.matmul(grad.mT, saved[0].to(grad.dtype)).to(weight.dtype))
+    elif needs_weight and to_weight is not None:
+        same = to_weight.left == to_input.left and to_weight.left.scaling == "tensor"
+        left = _turned(left) if same else quantize(rounded.mT, to_weight.left)
+        right = saved[0].view(DTYPES[to_weight.right.format]), saved[1]
+        gradients.append(_multiply(to_weight, left, right, weight.dtype, backend))
+    return tuple(gradients)
+
+
+_BLOCK = 2**18
+"""Elements of an operand that a CPU casts at once: 1 MiB in FP32, which stays in its cache."""
+
+
+def _in_blocks(
+    compute: Callable[..., tuple[torch.Tensor, ...]], operands: tuple[torch.Tensor, ...], *options: Any
+) -> tuple[torch.Tensor, ...]:
+    """Compute for a whole ensemble at once; eagerly on a CPU, for as many members at a time as its cache holds.
+
+    Casting and decoding make a dozen passes over each operand. Past the cache, and past what the allocator keeps,
+    an ensemble of large layers would take up to three times as long as the layers one by one.
+    """
+    members = max(each.shape[0] if each.dim() == 3 else 1 for each in operands)
+    step = max(1, _BLOCK // max(1, *(each.shape[-2:].numel() for each in operands)))
+    if step >= members or _is_traced() or operands[0].device.type != "cpu" or any(each.dim() > 3 for each in operands):
+        return compute(operands, *options)
+    blocks = [slice(first, first + step) for first in range(0, members, step)]
+    parts = [compute(tuple(e[block] if e.dim() == 3 else e for e in operands), *options) for block in blocks]
+    # What does not depend on the member is the same in each block.
+    return tuple(torch.cat(each) if each[0].dim() == 3 else each[0] for each in zip(*parts, strict=True))
 
 
 class _Forward(torch.autograd.Function):
@@ -54,17 +171,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(input: torch.Tensor, weight: torch.Tensor, recipe: str, backend: str) -> tuple[torch.Tensor, ...]:
-        products = RECIPES[recipe]
-        left, right = quantize(input, products.output.left), quantize(weight, products.output.right)
-        output = _multiply(products.output, left, right, input.dtype, backend)
-        if products.grad_weight is None:
-            return (output,)
-        cast = products.grad_weight.right
-        # With one scale for all, the codes are the same, whichever way they are read.
-        same = cast == products.output.left and cast.scaling == "tensor"
-        left = _turned(left) if same else quantize(input.mT, cast)
-        # As integers, which autograd, vmap and compilers leave alone.
-        return output, left[0].view(torch.uint8), left[1]
+        return _in_blocks(_output, (input, weight), recipe, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -108,22 +215,8 @@ class _Backward(torch.autograd.Function):
         input_dtype: torch.dtype,
         *saved: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        products = RECIPES[recipe]
-        to_input, to_weight = products.grad_input, products.grad_weight
-        left = quantize(grad, to_input.left)
-        gradients = []
-        if needs_input:
-            right = quantize(weight.mT, to_input.right)
-            gradients.append(_multiply(to_input, left, right, input_dtype, backend))
-        if needs_weight and to_weight is None:
-            with torch.autocast(grad.device.type, enabled=False):
-                gradients.append(torch.matmul(grad.mT, saved[0].to(grad.dtype)).to(weight.dtype))
-        elif needs_weight and to_weight is not None:
-            same = to_weight.left == to_input.left and to_weight.left.scaling == "tensor"
-            left = _turned(left) if same else quantize(grad.mT, to_weight.left)
-            right = saved[0].view(DTYPES[to_weight.right.format]), saved[1]
-            gradients.append(_multiply(to_weight, left, right, weight.dtype, backend))
-        return tuple(gradients)
+        operands = grad, weight, *saved
+        return _in_blocks(_gradients, operands, recipe, backend, needs_input, needs_weight, input_dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -171,8 +264,7 @@ def _keeps_codes(input: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
+        and not _is_traced()
         and not any(
             torch._C._functorch.is_functorch_wrapped_tensor(each)  # pyright: ignore[reportAttributeAccessIssue]
             for each in (input, weight)

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from fp8rl_torchrl.precision.capability import Backend, has_grouped_products
+from fp8rl_torchrl.precision.quantize import DTYPES
 
 ALIGNMENT = 16
 """The hardware wants K and N to be multiples of this; they are padded with zeros."""
@@ -37,11 +38,20 @@ def scaled_matmul(
         right_scale: float32 ``[..., N, 1]`` or ``[..., 1, 1]``.
         out_dtype: Of the result. It is the last rounding, and the only one besides those of the sum.
         fast_accum: Native only: see `fp8rl_torchrl.precision.recipe.Gemm`.
-        backend: ``native`` or ``emulated``.
+        backend: ``native`` or ``emulated``; `fp8rl_torchrl.precision.capability.choose_backend` picks one.
 
     Returns:
         ``[..., M, N]``.
+
+    Raises:
+        TypeError: If an operand is not made of FP8 codes.
+        ValueError: If there is no such backend.
     """
+    for operand in (left, right):
+        if operand.dtype not in DTYPES.values():
+            raise TypeError(f"scaled_matmul multiplies FP8 codes, which quantize makes; got {operand.dtype}")
+    if backend not in ("native", "emulated"):
+        raise ValueError(f"backend must be 'native' or 'emulated'; got {backend!r}")
     scales = left_scale.reciprocal(), right_scale.reciprocal()
     with torch.autocast(left.device.type, enabled=False):
         if 0 in left.shape or 0 in right.shape:
@@ -69,27 +79,36 @@ def native_kernel(row_scaled: bool, out_dtype: torch.dtype) -> str:
 def _emulated(left: torch.Tensor, left_factor: torch.Tensor, right: torch.Tensor, right_factor: torch.Tensor):
     # The codes are multiplied before they are scaled: also where FP32 products run in TF32, codes survive that.
     product = torch.matmul(_decode(left), _decode(right).mT)
-    return product * (left_factor * _where_not_finite(left)) * (right_factor * _where_not_finite(right)).mT
+    return product.mul_(left_factor * _unit(left)).mul_((right_factor * _unit(right)).mT)
 
 
 def _decode(codes: torch.Tensor) -> torch.Tensor:
-    """The codes as float32, but for those that are not finite (they become some number)."""
-    if codes.device.type != "cpu":
+    """The codes as float32, in units of `_unit`, but for those that are not finite (they may become some number)."""
+    if _converted_in_bulk(codes):
         return codes.float()
     # PyTorch converts FP8 on a CPU one by one. FP16 has the same layout with more bits, and converts ten times faster:
     # e5m2 is FP16 without its lower byte; e4m3's exponent is 8 less, so a shift gives 1/256 of the number.
     if codes.dtype == torch.float8_e5m2:
         return (codes.view(torch.int8).to(torch.int16) << 8).view(torch.float16).float()
-    sign_and_shifted = (codes.view(torch.int8).to(torch.int16) << 7) & ~0x4000
-    return sign_and_shifted.view(torch.float16).float() * 256
+    sign_and_shifted = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    return sign_and_shifted.view(torch.float16).float()
 
 
-def _where_not_finite(codes: torch.Tensor) -> torch.Tensor | float:
-    """NaN for each row that holds a NaN, else 1: float32 ``[..., R, 1]``. e5m2 decodes its NaN itself."""
-    if codes.dtype == torch.float8_e5m2 or codes.device.type != "cpu":
+def _unit(codes: torch.Tensor) -> torch.Tensor | float:
+    """What a 1 from `_decode` stands for; NaN for each row that holds one that was not decoded: ``[..., R, 1]``."""
+    if codes.dtype == torch.float8_e5m2 or _converted_in_bulk(codes):
         return 1.0
     not_finite = (codes.view(torch.int8) & 0x7F).amax(-1, keepdim=True) == 0x7F
-    return torch.where(not_finite, float("nan"), 1.0)
+    return torch.where(not_finite, float("nan"), 256.0)
+
+
+def _converted_in_bulk(codes: torch.Tensor) -> bool:
+    """Whether PyTorch converts FP8 many codes at a time: everywhere but on a CPU in eager mode.
+
+    What a compiler makes of one conversion runs three times as fast as what it makes of the shifts, and compiles
+    faster. While it traces what Dynamo took as it is, only the modes on the dispatch stack tell.
+    """
+    return codes.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 # --- native ---
@@ -128,7 +147,7 @@ def _native_2d(
     out_dtype: torch.dtype,
     fast_accum: bool,
 ) -> torch.Tensor:
-    left, right = left.contiguous(), right.contiguous().t()
+    left, right = _row_major(left), _row_major(right).t()
     factors = left_factor, right_factor.t()
     row_scaled = left_factor.numel() > 1 or right_factor.numel() > 1
     scale_after = row_scaled and out_dtype != torch.bfloat16
@@ -159,7 +178,7 @@ def _native_ensemble(
     out_dtype: torch.dtype,
     fast_accum: bool,
 ) -> torch.Tensor:
-    """One grouped product where there is one (rowwise kernel, BF16), else a launch a member."""
+    """One grouped product where there is one (rowwise kernel, e4m3 into BF16), else a launch a member."""
     operands = [operand.expand(*batch, *operand.shape[-2:]).flatten(0, len(batch) - 1) for operand in (left, right)]
     factors = [
         factor.expand(*batch, operand.shape[-2], 1).flatten(0, len(batch) - 1)
@@ -167,10 +186,11 @@ def _native_ensemble(
         else factor.expand(*batch, *factor.shape[-2:]).flatten(0, len(batch) - 1)
         for factor, operand in zip((left_factor, right_factor), operands, strict=True)
     ]
-    if out_dtype == torch.bfloat16 and left.device.type == "cuda" and has_grouped_products(left.device):
+    takes_them = left.dtype == right.dtype == torch.float8_e4m3fn and out_dtype == torch.bfloat16
+    if takes_them and left.device.type == "cuda" and has_grouped_products(left.device):
         product = torch._scaled_grouped_mm(  # pyright: ignore[reportPrivateImportUsage]
-            operands[0].contiguous(),
-            operands[1].contiguous().mT,
+            _row_major(operands[0]),
+            _row_major(operands[1]).mT,
             factors[0].squeeze(-1).contiguous(),
             factors[1].squeeze(-1).contiguous(),
             out_dtype=out_dtype,
@@ -188,6 +208,11 @@ def _pad(codes: torch.Tensor, dim: int) -> torch.Tensor:
         return codes
     widths = (0, missing) if dim == -1 else (0, 0, 0, missing)
     return F.pad(codes.view(torch.uint8), widths).view(codes.dtype)  # code 0 is the number 0
+
+
+def _row_major(codes: torch.Tensor) -> torch.Tensor:
+    """Contiguous, with the strides of a full matrix also where there is one row, whose stride could be anything."""
+    return codes.flatten().view(codes.shape)
 
 
 def _kernel(out_dtype: torch.dtype) -> torch.dtype:

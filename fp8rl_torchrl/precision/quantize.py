@@ -1,15 +1,18 @@
 """Scaling and casting to FP8, as pure functions of tensors.
 
 A tensor ``x`` is represented by codes ``q`` in FP8 and a scale ``s`` in FP32, with ``x ≈ q / s``. Casts clamp
-explicitly, because PyTorch's own do not agree on what lies beyond the format (2.11 gives NaN, later versions the
-maximum), and whatever is not finite stays visible: it makes its scale NaN, and with it every code under that scale.
+explicitly, because PyTorch's own do not agree on what lies beyond the format (in e4m3, 2.11 gives NaN, later versions
+the maximum; in e5m2, infinity), and whatever is not finite stays visible: it makes its scale NaN, and with it every
+code under that scale.
+Codes and scales are the same bits in every PyTorch version and in eager, compiled and captured code, but for the sign
+of a NaN, which means nothing.
 """
 
 from __future__ import annotations
 
 import torch
 
-from fp8rl_torchrl.precision.recipe import Cast, Format
+from fp8rl_torchrl.precision.recipe import Cast, Format, Scaling
 
 DTYPES: dict[Format, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 """The dtype of each FP8 format."""
@@ -28,7 +31,7 @@ def largest(format: Format) -> float:
     return torch.finfo(DTYPES[format]).max
 
 
-def amax_of(x: torch.Tensor, scaling: str) -> torch.Tensor:
+def amax_of(x: torch.Tensor, scaling: Scaling) -> torch.Tensor:
     """The largest magnitude of each row, or of each matrix.
 
     Args:
@@ -65,7 +68,7 @@ def scale_for(amax: torch.Tensor, format: Format, power_of_two: bool = True) -> 
     else:
         # In float64, because compilers and the eager mode do not divide alike in float32.
         scale = (largest(format) / clamped.double()).float()
-    return torch.where(amax.isfinite(), scale, float("nan"))
+    return torch.where(amax < float("inf"), scale, float("nan"))
 
 
 def cast_saturating(x: torch.Tensor, format: Format) -> torch.Tensor:
@@ -87,7 +90,7 @@ def cast_stochastic(x: torch.Tensor, format: Format, random_bits: torch.Tensor) 
     """Round up or down to a neighbouring code, with the probability that makes the mean exact.
 
     Args:
-        x: float32, any shape.
+        x: Any floating dtype, any shape.
         format: The FP8 format.
         random_bits: int32 of the same shape, uniform; the 20 lowest bits are used, so the mean is exact to 2^-20 of
             the distance between the two codes.
@@ -95,7 +98,7 @@ def cast_stochastic(x: torch.Tensor, format: Format, random_bits: torch.Tensor) 
     Returns:
         The codes, same shape; beyond the format and not finite as in `cast_saturating`.
     """
-    end = largest(format)
+    end, x = largest(format), x.float()
     magnitude = x.abs().clamp(max=end)
     exponent = ((magnitude.view(torch.int32) >> 23) - 127).clamp(min=_MIN_EXPONENT[format])
     # The distance between codes at this magnitude, and its inverse: powers of two, made from their bits.
@@ -123,7 +126,8 @@ def quantize(x: torch.Tensor, cast: Cast) -> tuple[torch.Tensor, torch.Tensor]:
         ([[128.0, -448.0]], [[128.0]])
     """
     scale = scale_for(amax_of(x, cast.scaling), cast.format, cast.power_of_two)
-    return cast_saturating(x.detach().float() * scale, cast.format), scale
+    x = x.detach() if x.dtype != torch.float64 else x.detach().float()
+    return cast_saturating(x * scale, cast.format), scale
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Format = Literal["e4m3", "e5m2"]
+Scaling = Literal["row", "tensor"]
+
+_KNOWN = {"format": get_args(Format), "scaling": get_args(Scaling)}
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,20 @@ class Cast:
         scaling: ``row``, one scale for each row along the dimension that the product sums over; or ``tensor``, one for
             the whole operand.
         power_of_two: Round the scale down to a power of two, so that scaling itself rounds nothing.
+
+    Raises:
+        ValueError: If the format or the scaling is none of these.
     """
 
     format: Format
-    scaling: Literal["row", "tensor"]
+    scaling: Scaling
     power_of_two: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse unknown names."""
+        for name, known in _KNOWN.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown FP8 {name} {getattr(self, name)!r}; use one of {', '.join(known)}")
 
     def __str__(self) -> str:
         """Such as ``e4m3/row``."""
@@ -60,7 +72,8 @@ class Float8Recipe:
     | ``grad_input`` | ``g w`` | N | gradient × weight |
     | ``grad_weight`` | ``gᵀ x`` | M | gradient × input |
 
-    The recipes follow torchao's of the same names, so that results can be compared bit by bit:
+    The recipes follow torchao's ``rowwise``, ``tensorwise`` and ``rowwise_with_gw_hp``, so that results can be compared
+    bit by bit:
 
     | recipe | activations and weights | gradients | scales | saved for backward, per input element |
     |---|---|---|---|---|
