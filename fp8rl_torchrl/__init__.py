@@ -13,9 +13,10 @@ from fp8rl_torchrl._lazy import lazy_names
 if TYPE_CHECKING:
     from fp8rl_torchrl import data, models, objectives, precision, recipes, training
     from fp8rl_torchrl.models.actor_critic import ActorCritic
-    from fp8rl_torchrl.precision.convert import convert, twin
+    from fp8rl_torchrl.precision.convert import convert
     from fp8rl_torchrl.precision.linear import Float8Linear
     from fp8rl_torchrl.precision.mode import Precision
+    from fp8rl_torchrl.precision.twin import twin
     from fp8rl_torchrl.training.evaluate import EvalResult, evaluate
     from fp8rl_torchrl.training.loop import Pipeline
     from fp8rl_torchrl.training.step import OptimStep
@@ -59,7 +60,7 @@ __getattr__, _ = lazy_names(
         "precision": "precision",
         "recipes": "recipes",
         "training": "training",
-        "twin": "precision.convert",
+        "twin": "precision.twin",
     },
 )
 

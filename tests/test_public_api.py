@@ -26,7 +26,7 @@ NAMES = {
     "Precision": "precision.mode",
     "convert": "precision.convert",
     "evaluate": "training.evaluate",
-    "twin": "precision.convert",
+    "twin": "precision.twin",
     "envs.CustomEnv": "envs.custom",
     "envs.make": "envs.gym",
     "envs.check_env": "envs.conformance",

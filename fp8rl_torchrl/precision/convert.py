@@ -1,8 +1,8 @@
-"""`convert`: replace a model's linear layers by `Float8Linear`; `twin`: the same parameters in another precision."""
+"""`convert`: make a model's linear layers multiply in FP8, and report which do, and why the others do not."""
 
 from __future__ import annotations
 
-import copy
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,11 +10,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictParams
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from fp8rl_torchrl.precision.capability import float8_capability
+from fp8rl_torchrl.precision.capability import choose_backend, float8_capability
 from fp8rl_torchrl.precision.last_layers import last_linears
 from fp8rl_torchrl.precision.linear import Float8Linear, products_in_words
 from fp8rl_torchrl.precision.mode import Precision
@@ -33,9 +33,9 @@ class LayerConversion:
     """What became of one linear layer."""
 
     name: str
-    """Where it is in the module."""
+    """Where it is in the module: the first place, if there are several."""
     in_features: int
-    """K."""
+    """K; 0 while it is not known."""
     out_features: int
     """N."""
     format: str
@@ -91,19 +91,20 @@ class ConversionReport:
         ]
         summary = (
             f"{self.precision}, {self.backend}: {len(self.converted)} of {len(self.layers)} linear layers, "
-            f"{self.fp8_share:.0%} of their multiply-adds; ensembles: {self.ensembles}\n{self.products}"
-        )
+            f"{int(100 * self.fp8_share)}% of their multiply-adds; ensembles: {self.ensembles}\n{self.products}"
+        )  # rounded down, so that 100% says all
         if self.others:
             summary += "\nnot linear, so not in FP8: " + ", ".join(f"{n} {name}" for name, n in self.others.items())
         return "\n".join([*lines, summary])
 
 
 def convert(module: nn.Module, precision: Precision | str, skip: Sequence[str] = ()) -> ConversionReport:
-    """Replace linear layers by `Float8Linear`, in place and on the same parameters.
+    """Turn linear layers into `Float8Linear`, in place: the layers and their parameters stay the same objects.
 
     The last layer of a network stays in high precision, and so does a layer with a dimension under 16. Which layers
     are last, `fp8rl_torchrl.precision.last_layers.last_linears` says; in a module with a ``forward`` of its own it goes
-    by the order of registration, so name a second head in ``skip``. Dimensions that are no multiples of 16 are padded.
+    by the order of registration and by widths, so see in the report that no head was taken for a hidden layer, and name
+    it in ``skip`` if one was. Dimensions that are no multiples of 16 are padded.
 
     Optimizers and losses that hold the parameters or the module stay valid. Converting again starts afresh.
 
@@ -113,51 +114,93 @@ def convert(module: nn.Module, precision: Precision | str, skip: Sequence[str] =
         skip: Layers to leave alone: glob patterns on their names, such as ``"encoder.0"`` or ``"*head*"``.
 
     Returns:
-        What was done with each linear layer. Layers that are used directly (a convolution, an attention's projection)
-        are not linear layers and are counted by type.
+        What was done with each linear layer. Modules of other kinds that have parameters (a convolution, an LSTM, an
+        attention) are counted by type.
 
     Raises:
-        ConversionError: If nothing would be converted, or a pattern matches no linear layer. The module is unchanged.
+        ConversionError: If nothing would be converted, a pattern matches no linear layer, or a linear layer's
+            parameters are not float32. The module is unchanged, as it is if anything else raises.
         ValueError: If the precision is not an fp8 one.
-        TypeError: If ``skip`` is a single string.
+        TypeError: If the module is not one, or ``skip`` is not a sequence of strings.
+        RuntimeError: If the layers are on a device without the products that the precision asks for.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4))
         >>> [layer.name for layer in convert(model, "fp8").converted]
         ['0', '2']
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"convert takes a torch.nn.Module, then a precision; got a {type(module).__name__}")
     precision = Precision.of(precision)
     if precision.fp8_recipe is None:
         raise ValueError(f"convert is for the fp8 precisions; {precision.name!r} needs no conversion")
     if isinstance(skip, str):
         raise TypeError(f"skip takes a sequence of patterns; got the string {skip!r}: write ({skip!r},)")
-    linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
-    for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in linears):
-            raise ConversionError(f"skip={pattern!r} matches no linear layer; there are: {', '.join(linears)}")
-    last = {id(layer) for layer in last_linears(module)}
-    reasons = {name: _reason(name, layer, id(layer) in last, skip) for name, layer in linears.items()}
-    if all(reasons.values()):
-        raise ConversionError(_nothing(module, reasons))
+    if not isinstance(skip, Sequence) or not all(isinstance(pattern, str) for pattern in skip):
+        raise TypeError(f"skip takes a sequence of patterns on names, such as ('encoder.*',); got {skip!r}")
+    reasons = _reasons(module, skip)
+    chosen = [layer for layer, reason in reasons.items() if reason is None]
+    for device in {layer.weight.device for layer in chosen}:
+        choose_backend(device, precision.backend)  # refuses what the device cannot run
 
-    new = {}
-    for name, layer in linears.items():
-        if reasons[name] is None:
-            new[id(layer)] = Float8Linear.from_linear(layer, precision.fp8_recipe, precision.backend)
+    for layer, reason in reasons.items():
+        if reason is None:
+            to_float8(layer, precision)
         elif isinstance(layer, Float8Linear):
-            new[id(layer)] = layer.to_linear()
-    _replace(module, new)
+            to_linear(layer)
     return _report(module, precision, reasons)
 
 
-def _reason(name: str, layer: nn.Linear, last: bool, skip: Sequence[str]) -> str | None:
-    """Why a layer is left alone; None if it is not."""
-    if matching := [pattern for pattern in skip if fnmatchcase(name, pattern)]:
-        return f"matched by skip={matching[0]!r}"
+def _reasons(module: nn.Module, skip: Sequence[str]) -> dict[nn.Linear, str | None]:
+    """Why each linear layer is left alone; None if it is not.
+
+    Raises:
+        ConversionError: As in `convert`.
+    """
+    names: dict[nn.Linear, list[str]] = {}  # more than one where a layer is used in several places
+    for name, each in module.named_modules(remove_duplicate=False):
+        if isinstance(each, nn.Linear):
+            names.setdefault(each, []).append(name)
+    everywhere = list(itertools.chain.from_iterable(names.values()))
+    for pattern in skip if names else ():
+        if not any(fnmatchcase(name, pattern) for name in everywhere):
+            raise ConversionError(f"skip={pattern!r} matches no linear layer; there are: {', '.join(everywhere)}")
+    for layer, (name, *_) in names.items():
+        if layer.weight.dtype != torch.float32:
+            raise ConversionError(
+                f"the parameters of {name!r} are {layer.weight.dtype}; FP8 products run on float32 masters: call "
+                "module.float() first"
+            )
+    last, bypassed = last_linears(module), _bypassed(module)
+    reasons = {
+        layer: _reason(layer, places, skip, last=layer in last, bypassed=layer in bypassed)
+        for layer, places in names.items()
+    }
+    if all(reasons.values()):
+        raise ConversionError(_nothing(module, {names[layer][0]: reason for layer, reason in reasons.items()}))
+    return reasons
+
+
+def _bypassed(module: nn.Module) -> set[nn.Module]:
+    """The layers of which PyTorch's transformers, in evaluation without gradients, take the weights and no more."""
+    transformers = [each for each in module.modules() if isinstance(each, nn.TransformerEncoderLayer)]
+    return {layer for each in transformers for layer in (each.linear1, each.linear2)}
+
+
+def _reason(layer: nn.Linear, names: list[str], skip: Sequence[str], *, last: bool, bypassed: bool) -> str | None:
+    for pattern in skip:
+        if any(fnmatchcase(name, pattern) for name in names):
+            return f"matched by skip={pattern!r}"
+    if isinstance(layer, LazyModuleMixin):
+        return "no size yet: run the model once, then convert"
     if last:
         return "last layer of a network"
     if type(layer) not in (nn.Linear, Float8Linear):
         return f"{type(layer).__name__}, a kind of its own"
+    if "forward" in vars(layer):
+        return "its forward was replaced"
+    if bypassed:
+        return "TransformerEncoderLayer uses its weight itself"
     if min(layer.in_features, layer.out_features) < MIN_DIMENSION:
         return f"a dimension under {MIN_DIMENSION}"
     return None
@@ -175,24 +218,36 @@ def _nothing(module: nn.Module, reasons: dict[str, str | None]) -> str:
     return f"nothing to convert: every linear layer would stay in high precision\n{listed}"
 
 
-def _replace(module: nn.Module, new: dict[int, Any]) -> None:
-    for parent in list(module.modules()):
-        for key, child in parent._modules.items():
-            if id(child) in new:
-                parent._modules[key] = new[id(child)]
+def to_float8(layer: Any, precision: Precision) -> None:
+    """Turn a linear layer into a `Float8Linear`.
+
+    It changes its class and stays the object it is, so that whatever refers to it (a view of the model, a list of
+    layers, the handle of a hook) refers to the layer that runs.
+    """
+    layer.__class__ = Float8Linear
+    layer._set(precision.fp8_recipe, precision.backend)
 
 
-def _report(module: nn.Module, precision: Precision, reasons: dict[str, str | None]) -> ConversionReport:
+def to_linear(layer: Any) -> None:
+    """Turn a `Float8Linear` back."""
+    del layer.recipe, layer.backend
+    layer.__class__ = nn.Linear
+
+
+def _report(module: nn.Module, precision: Precision, reasons: dict[nn.Linear, str | None]) -> ConversionReport:
     layers, backends, others, device = [], set(), Counter(), torch.device("cpu")
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear):
-            format = getattr(layer, "compute_format", precision.base)
-            if isinstance(layer, Float8Linear):
-                format, device = f"{RECIPES[layer.recipe].output}, {layer.runs()}", layer.weight.device
-                backends.add(layer.runs())
-            layers.append(LayerConversion(name, layer.in_features, layer.out_features, format, reasons[name]))
-        elif layer._parameters:
-            others[type(layer).__name__] += 1
+    inside = {part for layer in reasons for part in layer.modules()}
+    for name, each in module.named_modules():
+        if isinstance(each, nn.Linear):
+            if isinstance(each, Float8Linear):
+                backends.add(each.runs())
+                device = each.weight.device
+            format = _format(each, precision)
+            layers.append(LayerConversion(name, each.in_features, each.out_features, format, reasons[each]))
+        elif isinstance(each, TensorDictParams) or each in inside:  # the parameters of layers that stand elsewhere
+            continue
+        elif any(parameter is not None for parameter in each._parameters.values()):
+            others[type(each).__name__] += 1
     return ConversionReport(
         precision=precision.name,
         backend=", ".join(sorted(backends)),
@@ -203,78 +258,8 @@ def _report(module: nn.Module, precision: Precision, reasons: dict[str, str | No
     )
 
 
-# --- the same parameters in another precision ---
-
-
-class Twin(TensorDictModuleBase):
-    """A second module on the parameters of a first one, which computes in a precision of its own.
-
-    Made by `twin`. It reads and writes the keys of the first, and what else it is asked for it asks of its module.
-    """
-
-    def __init__(self, module: nn.Module, precision: Precision) -> None:
-        super().__init__()
-        self.module, self.precision = module, precision
-        self.in_keys: Any = getattr(module, "in_keys", [])
-        self.out_keys: Any = getattr(module, "out_keys", [])
-
-    def __getattr__(self, name: str) -> Any:
-        """What is not the twin's own is its module's."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module in the twin's precision."""
-        with self.precision.autocast(self._device()):
-            return self.module(*args, **kwargs)
-
-    def get_dist(self, tensordict: TensorDictBase, **kwargs: Any) -> torch.distributions.Distribution:
-        """The module's distribution, computed in the twin's precision."""
-        with self.precision.autocast(self._device()):
-            return self.module.get_dist(tensordict, **kwargs)  # pyright: ignore[reportCallIssue]
-
-    def _device(self) -> torch.device:
-        return next((parameter.device for parameter in self.module.parameters()), torch.device("cpu"))
-
-
-def twin(model: nn.Module, precision: Precision | str, skip: Sequence[str] = ()) -> Twin:
-    """A second module tree on the same parameters, whose forward runs in a precision of its own.
-
-    For collecting experience (or for target networks) in another precision than the learner's. An update of the
-    model's parameters is an update of the twin's.
-
-    Args:
-        model: What the twin computes, such as ``agent.policy``; it is not changed. Its `Float8Linear` layers become
-            what the precision says, in the twin alone.
-        precision: A `Precision` or its name. For an fp8 one, the layers that are FP8 in the model are so in the twin; a
-            model without any is converted.
-        skip: As in `convert`, which then chooses the layers anew.
-
-    Raises:
-        TypeError: If the model cannot be called, such as a whole `ActorCritic`.
-        ConversionError: As in `convert`.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 4))
-        >>> low = twin(model, "bf16")
-        >>> low(torch.ones(1, 32)).dtype, low.module[0].weight is model[0].weight
-        (torch.bfloat16, True)
-    """
-    precision = Precision.of(precision)
-    if type(model).forward is nn.Module.forward:
-        raise TypeError(f"twin takes a module that can be called; a {type(model).__name__} cannot: pass its .policy")
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    copied = copy.deepcopy(model, shared)
-    multiplying = [module for module in copied.modules() if isinstance(module, Float8Linear)]
-    recipe = precision.fp8_recipe
-    if recipe is None:
-        _replace(copied, {id(layer): layer.to_linear() for layer in multiplying})
-    elif multiplying and not skip:  # the layers that were chosen for the model
-        _replace(
-            copied, {id(layer): Float8Linear.from_linear(layer, recipe, precision.backend) for layer in multiplying}
-        )
-    else:
-        convert(copied, precision, skip)
-    return Twin(copied, precision)
+def _format(layer: nn.Linear, precision: Precision) -> str:
+    if isinstance(layer, Float8Linear):
+        return f"{RECIPES[layer.recipe].output}, {layer.runs()}"
+    own = type(layer).forward is not nn.Linear.forward or "forward" in vars(layer)
+    return getattr(layer, "compute_format", "its own way" if own else precision.base)

@@ -111,8 +111,10 @@ class Precision:
         device = torch.device(device)
         dtype = self.autocast_dtype
         products = _tf32(device) if self.name == "tf32" else contextlib.nullcontext()
-        # Without a dtype of its own, the block must not run in that of a surrounding autocast.
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None), products:
+        # Without a dtype of its own, the block must not run in that of a surrounding autocast. Autocast keeps its casts
+        # by weight alone, so inside a block of another format they must not be kept: they would be taken for its own.
+        outermost = not torch.is_autocast_enabled(device.type)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=outermost), products:
             yield
 
 

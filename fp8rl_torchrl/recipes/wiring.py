@@ -13,8 +13,9 @@ from torch import nn
 from torchrl.envs import EnvBase
 
 from fp8rl_torchrl.envs.gym import make
-from fp8rl_torchrl.precision.convert import ConversionReport, convert, twin
+from fp8rl_torchrl.precision.convert import ConversionReport, convert
 from fp8rl_torchrl.precision.mode import Precision
+from fp8rl_torchrl.precision.twin import twin
 from fp8rl_torchrl.training.loop import LoopConfig
 from fp8rl_torchrl.training.run import RunSchedule
 

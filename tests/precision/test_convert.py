@@ -48,8 +48,8 @@ def test_the_table():
         "2      100   15  bf16                           a dimension under 16",
         "3       15    4  bf16                           a dimension under 16",
         "4        4    2  fp32                           last layer of a network",
-        # 2400 of 2400 + 1500 + 60 + 8 = 3968
-        "fp8, emulated: 1 of 4 linear layers, 60.5% of their multiply-adds; ensembles: one batched product",
+        # 2400 of 2400 + 1500 + 60 + 8 = 3968, which is 60.5%, rounded down
+        "fp8, emulated: 1 of 4 linear layers, 60% of their multiply-adds; ensembles: one batched product",
         "output: e4m3/row × e4m3/row, grad_input: e4m3/row × e4m3/row, grad_weight: e4m3/row × e4m3/row",
         "not linear, so not in FP8: 1 LayerNorm",
     ]

@@ -32,8 +32,8 @@ def policy():
 
 
 def test_by_hand():
-    # Rollout probabilities 0.5 each; the learner's 0.8 and 0.2. Ratios 1.6, 0.4, so |r - 1| is at most 0.6, and the mean
-    # of r - 1 - log r over one action of each is 0 - (log 1.6 + log 0.4) / 2, which here is KL(0.5, 0.5 || 0.8, 0.2).
+    # Rollout probabilities 0.5 each; the learner's 0.8 and 0.2. Ratios 1.6 and 0.4, so |r - 1| is at most 0.6, and the
+    # mean of r - 1 - log r over one action of each is -(log 1.6 + log 0.4) / 2, which here is KL(0.5, 0.5 || 0.8, 0.2).
     rollout = TensorDict(
         observation=torch.zeros(2, 1), action=torch.tensor([0, 1]), action_log_prob=torch.tensor([0.5, 0.5]).log()
     )

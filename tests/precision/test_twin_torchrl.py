@@ -10,7 +10,8 @@ from torchrl.objectives.value import GAE
 
 import fp8rl_torchrl as f8
 from fp8rl_torchrl.precision import Float8Linear, Precision, Twin
-from fp8rl_torchrl.precision.convert import convert, twin
+from fp8rl_torchrl.precision.convert import convert
+from fp8rl_torchrl.precision.twin import twin
 
 
 def agent(name="agent"):

@@ -13,8 +13,9 @@ from torchrl.modules import MultiAgentMLP
 
 import fp8rl_torchrl as f8
 from fp8rl_torchrl.precision import ConversionError, Precision
-from fp8rl_torchrl.precision.convert import convert, twin
+from fp8rl_torchrl.precision.convert import convert
 from fp8rl_torchrl.precision.last_layers import last_linears
+from fp8rl_torchrl.precision.twin import twin
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
