@@ -8,16 +8,26 @@ from fp8rl_torchrl.recipes import ActorCriticConfig, build
 SOLVED = 215.0  # of at most 220
 
 
-@pytest.mark.learning
-@pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_the_default_run_solves_custom_env(precision, seed):
-    pipeline = build(ActorCriticConfig(precision=precision, seed=seed, device="cpu"))
+def train_and_evaluate(**options):
+    """The mean return after training; prints it, as every seed counts."""
+    pipeline = build(ActorCriticConfig(**options, device="cpu"))
     before = evaluate(pipeline.agent.policy, pipeline.env, episodes=100)
     for _ in pipeline:
         pass
     result = evaluate(pipeline.agent.policy, pipeline.env, episodes=100)
-    print(
-        f"{precision} seed {seed}: {before.mean:.2f} -> {result.mean:.2f} ± {result.std:.2f}, {min(result.returns):.2f}"
-    )
-    assert result.mean >= SOLVED
+    print(f"{options}: {before.mean:.2f} -> {result.mean:.2f} ± {result.std:.2f}, {min(result.returns):.2f}")
+    return result.mean
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8", "fp8-tensorwise", "fp8-rowwise-gw-hp"])
+def test_the_default_run_solves_custom_env(precision, seed):
+    assert train_and_evaluate(precision=precision, seed=seed) >= SOLVED
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("seed", range(10))
+def test_so_does_a_network_that_is_nearly_all_fp8(seed):
+    # The other recipes' runs at this size are among the records of benchmarks/results.
+    assert train_and_evaluate(precision="fp8", hidden=(256, 256, 256), seed=seed) >= SOLVED
