@@ -48,14 +48,14 @@ def float8_capability(device: torch.device | str) -> Float8Capability:
     device = torch.device(device)
     if device.type == "cpu":
         return Float8Capability(
-            str(device), _cpu_name(), "emulated", "one batched product", "no FP8 hardware is used; slower than FP32"
+            str(device), _cpu_name(), "emulated", "batched products", "no FP8 hardware is used; slower than FP32"
         )
     if device.type == "cuda" and torch.version.hip is not None:
         return Float8Capability(
             str(device),
             torch.cuda.get_device_name(device),
             "emulated",
-            "one batched product",
+            "batched products",
             "AMD: FP8 hardware is not used, since its formats differ between generations; untested",
         )
     if device.type == "cuda":
@@ -68,7 +68,7 @@ def float8_capability(device: torch.device | str) -> Float8Capability:
             "none",
             "MPS: no e5m2, and e4m3 only from PyTorch 2.15 on; untested, so it is refused: use the CPU",
         )
-    return Float8Capability(str(device), device.type, "emulated", "one batched product", "unknown device; untested")
+    return Float8Capability(str(device), device.type, "emulated", "batched products", "unknown device; untested")
 
 
 def _nvidia(device: torch.device) -> Float8Capability:
@@ -77,7 +77,7 @@ def _nvidia(device: torch.device) -> Float8Capability:
     if (major, minor) < MIN_CAPABILITY:
         needed = ".".join(map(str, MIN_CAPABILITY))
         return Float8Capability(
-            str(device), name, "emulated", "one batched product", f"{version}; FP8 needs {needed} or later"
+            str(device), name, "emulated", "batched products", f"{version}; FP8 needs {needed} or later"
         )
     grouped = "one grouped product (e4m3 into BF16), else a launch a member"
     ensembles = grouped if has_grouped_products(device) else "a launch a member"

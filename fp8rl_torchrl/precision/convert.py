@@ -252,7 +252,7 @@ def _report(module: nn.Module, precision: Precision, reasons: dict[nn.Linear, st
         precision=precision.name,
         backend=", ".join(sorted(backends)),
         products=products_in_words(precision.fp8_recipe or "", "/".join(sorted(backends))),
-        ensembles="one batched product" if backends == {"emulated"} else float8_capability(device).ensembles,
+        ensembles="batched products" if backends == {"emulated"} else float8_capability(device).ensembles,
         layers=tuple(layers),
         others=dict(others),
     )

@@ -50,7 +50,7 @@ def mps(monkeypatch):
 
 def test_a_cpu_emulates_and_says_that_it_is_slower():
     found = float8_capability("cpu")
-    assert (found.device, found.backend, found.ensembles) == ("cpu", "emulated", "one batched product")
+    assert (found.device, found.backend, found.ensembles) == ("cpu", "emulated", "batched products")
     assert found.reason == "no FP8 hardware is used; slower than FP32"
     assert found.hardware
     assert found == float8_capability(torch.device("cpu"))
@@ -59,9 +59,9 @@ def test_a_cpu_emulates_and_says_that_it_is_slower():
 @pytest.mark.parametrize(
     ("gpu", "backend", "ensembles", "reason"),
     [
-        (("NVIDIA V100", (7, 0)), "emulated", "one batched product", "capability 7.0; FP8 needs 8.9 or later"),
-        (A100, "emulated", "one batched product", "capability 8.0; FP8 needs 8.9 or later"),
-        (("NVIDIA RTX 3090", (8, 6)), "emulated", "one batched product", "capability 8.6; FP8 needs 8.9 or later"),
+        (("NVIDIA V100", (7, 0)), "emulated", "batched products", "capability 7.0; FP8 needs 8.9 or later"),
+        (A100, "emulated", "batched products", "capability 8.0; FP8 needs 8.9 or later"),
+        (("NVIDIA RTX 3090", (8, 6)), "emulated", "batched products", "capability 8.6; FP8 needs 8.9 or later"),
         (L4, "native", "a launch a member", "capability 8.9"),
         (H100, "native", "one grouped product (e4m3 into BF16), else a launch a member", "capability 9.0"),
         (B200, "native", "a launch a member", "capability 10.0"),
@@ -176,7 +176,7 @@ def test_the_table_of_a_machine_with_everything(gpus, mps):
     for column, cells in {
         "hardware": ["", "NVIDIA A100", "NVIDIA H100", "Apple arm"],
         "FP8 products": ["emulated", "emulated", "native", "none"],
-        "ensembles": ["one batched product", "one batched product", "one grouped product", "none"],
+        "ensembles": ["batched products", "batched products", "one grouped product", "none"],
         "why": ["no FP8 hardware", "capability 8.0", "capability 9.0", "MPS: no e5m2"],
     }.items():
         start = header.index(column)

@@ -49,7 +49,7 @@ def test_the_table():
         "3       15    4  bf16                           a dimension under 16",
         "4        4    2  fp32                           last layer of a network",
         # 2400 of 2400 + 1500 + 60 + 8 = 3968, which is 60.5%, rounded down
-        "fp8, emulated: 1 of 4 linear layers, 60% of their multiply-adds; ensembles: one batched product",
+        "fp8, emulated: 1 of 4 linear layers, 60% of their multiply-adds; ensembles: batched products",
         "output: e4m3/row × e4m3/row, grad_input: e4m3/row × e4m3/row, grad_weight: e4m3/row × e4m3/row",
         "not linear, so not in FP8: 1 LayerNorm",
     ]
@@ -72,7 +72,7 @@ def test_as_json(model, base):
         "precision": "fp8-tensorwise",
         "backend": "emulated",
         "products": report.products,
-        "ensembles": "one batched product",
+        "ensembles": "batched products",
         "layers": [
             {
                 "name": "0",
