@@ -27,7 +27,7 @@ def test_the_default_run_solves_custom_env(precision, seed):
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(3))
 def test_so_does_a_network_that_is_nearly_all_fp8(seed):
-    # The other recipes' runs at this size are among the records of benchmarks/results.
+    # The records of benchmarks/results hold ten seeds of every recipe at this size.
     assert train_and_evaluate(precision="fp8", hidden=(256, 256, 256), seed=seed) >= SOLVED
