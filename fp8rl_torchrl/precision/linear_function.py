@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fp8rl_torchrl.precision.capability import choose_backend
@@ -93,8 +95,10 @@ class _Rounded(torch.autograd.Function):
 
 
 def _is_traced() -> bool:
-    """Whether a compiler is looking on. In what Dynamo takes as it is, only the modes on the dispatch stack tell."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether a compiler is looking on. In what Dynamo takes as it is, only its fake tensors tell."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and detect_fake_mode() is not None
 
 
 def _output(operands: tuple[torch.Tensor, ...], recipe: str, backend: str) -> tuple[torch.Tensor, ...]:
@@ -141,13 +145,30 @@ def _gradients(
     return tuple(gradients)
 
 
+Products = Callable[..., tuple[torch.Tensor, ...]]
+
+
+def _opaque(name: str, compute: Products, options: str) -> Callable[..., list[torch.Tensor]]:
+    """Emulated products as an operator of their own, which compilers call and do not look into.
+
+    Emulation is casts, decodings and a product of FP32 matrices. Traced, it would take twice as long to compile as the
+    product alone, and be one more place where a compiler could leave out a rounding.
+    """
+
+    def run(operands: Any, *args: Any) -> list[torch.Tensor]:
+        return list(compute(tuple(operands), *args))
+
+    schema = f"(Tensor[] operands, str recipe, str backend{options}) -> Tensor[]"
+    operator = torch.library.custom_op(f"fp8rl_torchrl::{name}", run, mutates_args=(), schema=schema)
+    operator.register_fake(run)
+    return operator
+
+
 _BLOCK = 2**18
 """Elements of an operand that a CPU casts at once: 1 MiB in FP32, which stays in its cache."""
 
 
-def _in_blocks(
-    compute: Callable[..., tuple[torch.Tensor, ...]], operands: tuple[torch.Tensor, ...], *options: Any
-) -> tuple[torch.Tensor, ...]:
+def _in_blocks(compute: Products, operands: tuple[torch.Tensor, ...], *options: Any) -> tuple[torch.Tensor, ...]:
     """Compute for a whole ensemble at once; eagerly on a CPU, for as many members at a time as its cache holds.
 
     Casting and decoding make a dozen passes over each operand. Past the cache, and past what the allocator keeps,
@@ -163,6 +184,19 @@ def _in_blocks(
     return tuple(torch.cat(each) if each[0].dim() == 3 else each[0] for each in zip(*parts, strict=True))
 
 
+_opaque_output = _opaque("output", functools.partial(_in_blocks, _output), "")
+_opaque_gradients = _opaque(
+    "gradients", functools.partial(_in_blocks, _gradients), ", bool needs_input, bool needs_weight, ScalarType dtype"
+)
+
+
+def _compute(compute: Products, opaque: Any, operands: tuple[torch.Tensor, ...], recipe: str, backend: str, *rest: Any):
+    """Native products are traced where a compiler looks on, so that it fuses their casts; emulated ones are not."""
+    if _is_traced() and choose_backend(operands[0].device, backend) == "emulated":
+        return tuple(opaque(list(operands), recipe, backend, *rest))
+    return _in_blocks(compute, operands, recipe, backend, *rest)
+
+
 class _Forward(torch.autograd.Function):
     """The product ``output``; keeps the input as the product ``grad_weight`` will read it.
 
@@ -171,7 +205,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(input: torch.Tensor, weight: torch.Tensor, recipe: str, backend: str) -> tuple[torch.Tensor, ...]:
-        return _in_blocks(_output, (input, weight), recipe, backend)
+        return _compute(_output, _opaque_output, (input, weight), recipe, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -216,7 +250,8 @@ class _Backward(torch.autograd.Function):
         *saved: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         operands = grad, weight, *saved
-        return _in_blocks(_gradients, operands, recipe, backend, needs_input, needs_weight, input_dtype)
+        options = needs_input, needs_weight, input_dtype
+        return _compute(_gradients, _opaque_gradients, operands, recipe, backend, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -264,7 +299,8 @@ def _keeps_codes(input: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
-        and not _is_traced()
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
         and not any(
             torch._C._functorch.is_functorch_wrapped_tensor(each)  # pyright: ignore[reportAttributeAccessIssue]
             for each in (input, weight)
