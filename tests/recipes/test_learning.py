@@ -21,13 +21,20 @@ def train_and_evaluate(**options):
 
 @pytest.mark.learning
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8", "fp8-tensorwise", "fp8-rowwise-gw-hp"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
 def test_the_default_run_solves_custom_env(precision, seed):
+    assert train_and_evaluate(precision=precision, seed=seed) >= SOLVED
+
+
+# The records of benchmarks/results hold ten seeds of every recipe at both sizes.
+@pytest.mark.learning
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("precision", ["fp8-tensorwise", "fp8-rowwise-gw-hp"])
+def test_so_do_the_other_recipes(precision, seed):
     assert train_and_evaluate(precision=precision, seed=seed) >= SOLVED
 
 
 @pytest.mark.learning
 @pytest.mark.parametrize("seed", range(3))
 def test_so_does_a_network_that_is_nearly_all_fp8(seed):
-    # The records of benchmarks/results hold ten seeds of every recipe at this size.
     assert train_and_evaluate(precision="fp8", hidden=(256, 256, 256), seed=seed) >= SOLVED
