@@ -17,8 +17,10 @@ logging.getLogger("torchrl").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module="torchrl")
 
 # What tests share lies in a module beside them, which they import by its own name, as in `from losses import adam`.
-# These folders stand at the end of the path, so that such a name never hides an installed package.
+# These folders, and that of the benchmarks, stand at the end of the path, so that such a name never hides an installed
+# package.
 sys.path.extend(str(folder) for folder in sorted(Path(__file__).parent.iterdir()) if folder.is_dir())
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 _deselected = pytest.StashKey[int]()
 

@@ -1,12 +1,7 @@
-"""The benchmarks import what they share by its own name, from the folder that they lie in; so do their tests."""
-
-import sys
-from pathlib import Path
+"""What the tests of benchmarks share."""
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 
 @pytest.fixture(autouse=True)

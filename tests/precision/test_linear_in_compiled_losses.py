@@ -30,16 +30,17 @@ def test_compiled_gradients_are_the_eager_ones(name, recipe, autocast, monkeypat
     reference = gradients(build(name), batch)
     with base(autocast):
         eager = gradients(loss, batch)
-        watched = watch(monkeypatch)
         compiled = torch.compile(loss, fullgraph=traces_whole(name))
+        gradients(compiled, batch)  # compiles
+        watched = watch(monkeypatch)
         found = gradients(compiled, batch)
     assert all(gradient.isfinite().all() for gradient in found.values())
     assert max(errors(found, reference).values()) <= bound(name, recipe)
     # The same codes, so far closer to eager FP8 than FP8 is to FP32. Inside BF16 autocast the compiler rounds less
-    # often between two layers, so some codes differ.
+    # often than the eager mode between two layers, so some codes differ.
     assert max(errors(found, eager).values()) < (1e-3 if autocast == "fp32" else 0.03)
-    # A compiler traces a function as often as it likes: which products there are counts, not how many.
-    assert set(products_seen(watched)) == set(+products_expected(name, recipe))
+    # Compilers call emulated products as they are, so they can be watched at run time.
+    assert products_seen(watched) == products_expected(name, recipe)
 
 
 @pytest.mark.parametrize("name", WITH_GAE)

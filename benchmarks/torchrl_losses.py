@@ -42,17 +42,24 @@ BATCH = (16, 8)
 ACTOR, CRITIC = (40, 56, 72), (48, 64, 88)
 
 
-def build(name: str, recipe: str | None = None, swap: str = "before", seed: int = 0) -> LossModule:
-    """A loss on three hidden layers a network; two calls that differ in recipe or swap have the same parameters.
+def build(
+    name: str,
+    recipe: str | None = None,
+    swap: str = "before",
+    actor: tuple[int, ...] = ACTOR,
+    critic: tuple[int, ...] = CRITIC,
+) -> LossModule:
+    """A loss and its networks; two calls that differ in recipe or swap have the same parameters.
 
     Args:
         name: One of `LOSSES`.
         recipe: Of the FP8 layers; None keeps the layers plain.
         swap: Whether layers are swapped ``before`` the loss is built or ``after``.
-        seed: Of the parameters.
+        actor: Widths of the actor's hidden layers.
+        critic: Widths of the critic's.
     """
-    torch.manual_seed(seed)
-    networks = _networks(name)
+    torch.manual_seed(0)
+    networks = _networks(name, actor, critic)
     if recipe is not None and swap == "before":
         for network in networks:
             convert(network, f"fp8-{recipe}")
@@ -81,7 +88,7 @@ def batch_for(name: str, seed: int = 1) -> TensorDict:
     # ClipPPOLoss reads the behaviour's log-probability: here that of uniformly random actions.
     log_prob = torch.full(BATCH, 1 / ACTIONS).log()
     data = {"observation": observation, "action": action, "action_log_prob": log_prob, "next": next}
-    return TensorDict(data, BATCH, names=[None, "time"])
+    return TensorDict(data, BATCH, names=[None, "time"])  # pyright: ignore
 
 
 def gradients(loss: Any, batch: TensorDict, seed: int = 2) -> dict[str, torch.Tensor]:
@@ -92,7 +99,7 @@ def gradients(loss: Any, batch: TensorDict, seed: int = 2) -> dict[str, torch.Te
     """
     torch.manual_seed(seed)
     terms = loss(batch.clone())
-    sum(value for key, value in terms.items() if key.startswith("loss")).backward()
+    sum(value for key, value in terms.items() if key.startswith("loss")).backward()  # pyright: ignore
     module = getattr(loss, "_orig_mod", loss)
     found = {}
     for key, parameter in module.named_parameters():
@@ -115,26 +122,26 @@ def _mlp(inputs: int, widths: tuple[int, ...], outputs: int, gain: float = 1.0) 
     return body
 
 
-def _networks(name: str) -> list[Any]:
+def _networks(name: str, actor_widths: tuple[int, ...], critic_widths: tuple[int, ...]) -> list[Any]:
     if name == "dqn":
-        network = _mlp(OBSERVATION, ACTOR, ACTIONS)
+        network = _mlp(OBSERVATION, actor_widths, ACTIONS)
         return [QValueActor(network, in_keys=["observation"], spec=Categorical(ACTIONS), action_space="categorical")]
     if name in ("a2c", "ppo", "reinforce"):
         actor = ProbabilisticActor(
-            TensorDictModule(_mlp(OBSERVATION, ACTOR, ACTIONS, gain=0.1), ["observation"], ["logits"]),
+            TensorDictModule(_mlp(OBSERVATION, actor_widths, ACTIONS, gain=0.1), ["observation"], ["logits"]),
             in_keys=["logits"],
             distribution_class=torch.distributions.Categorical,
             return_log_prob=True,
             default_interaction_type=InteractionType.RANDOM,
         )
-        return [actor, ValueOperator(_mlp(OBSERVATION, CRITIC, 1), in_keys=["observation"])]
-    spec = Bounded(-1, 1, (ACTIONS,))
+        return [actor, ValueOperator(_mlp(OBSERVATION, critic_widths, 1), in_keys=["observation"])]
+    spec = Bounded(-1, 1, (ACTIONS,))  # pyright: ignore
     if name == "td3":
-        body = TensorDictModule(_mlp(OBSERVATION, ACTOR, ACTIONS), ["observation"], ["param"])
+        body = TensorDictModule(_mlp(OBSERVATION, actor_widths, ACTIONS), ["observation"], ["param"])
         squash = TanhModule(in_keys=["param"], out_keys=["action"], spec=spec)
-        actor = TensorDictSequential(body, squash)
+        actor = TensorDictSequential(body, squash)  # pyright: ignore
     else:
-        body = nn.Sequential(_mlp(OBSERVATION, ACTOR, 2 * ACTIONS), NormalParamExtractor())
+        body = nn.Sequential(_mlp(OBSERVATION, actor_widths, 2 * ACTIONS), NormalParamExtractor())
         actor = ProbabilisticActor(
             TensorDictModule(body, ["observation"], ["loc", "scale"]),
             in_keys=["loc", "scale"],
@@ -144,7 +151,7 @@ def _networks(name: str) -> list[Any]:
             return_log_prob=True,
             default_interaction_type=InteractionType.RANDOM,
         )
-    critic = ValueOperator(_mlp(OBSERVATION + ACTIONS, CRITIC, 1), in_keys=["observation", "action"])
+    critic = ValueOperator(_mlp(OBSERVATION + ACTIONS, critic_widths, 1), in_keys=["observation", "action"])
     return [actor, critic]
 
 
