@@ -4,9 +4,6 @@ Every cell (one loss, one recipe) runs in a process of its own with an empty com
 is always measured, for the ratios. Compiling is counted in processor seconds of the process and of the compilers that
 it starts, which other load on the machine disturbs least. What the compiler does once in each process (imports, probing
 the tool chain) is done before, on a function of one line, since it would count for both alike and hide the difference.
-
-On a CPU most of the time goes to compiling C++, and widths that are no multiples of 16 double that for FP8: the
-loops of its casts are written twice, for whole vectors and for the rest. Try ``--actor 40 56 72 --critic 48 64 88``.
 """
 
 from __future__ import annotations

@@ -78,9 +78,13 @@ class RecipeConfig(LoopConfig, RunSchedule):
         """Refuse what cannot be run, before anything is built."""
         LoopConfig.__post_init__(self)
         RunSchedule.__post_init__(self)
-        if self.make_precision().fp8_recipe is None and self.fp8_skip:
-            raise ValueError(f"fp8_skip is an option of the fp8 precisions; the precision is {self.precision!r}")
-        self.make_rollout_precision()
+        precisions = self.make_precision(), self.make_rollout_precision()
+        fp8_options = self.fp8_base, self.fp8_backend, self.fp8_skip
+        if fp8_options != ("bf16", "auto", ()) and not any(precision.fp8_recipe for precision in precisions):
+            raise ValueError(
+                f"fp8_base, fp8_backend and fp8_skip are options of the fp8 precisions; the precision is "
+                f"{self.precision!r}"
+            )
         for name in ("num_threads", "num_envs", "frames_per_collection", "report_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
@@ -114,6 +118,8 @@ class RecipeConfig(LoopConfig, RunSchedule):
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {self.device!r} cannot be used here: {reason}") from None
+        if torch.device(name).type == "cpu" and self.fp8_backend == "native":
+            raise ValueError("fp8_backend='native' needs FP8 hardware, and a CPU has none: use auto or emulated")
         rollout = self.make_rollout_precision().name
         return dataclasses.replace(self, device=name, lr=self.initial_lr(), rollout_precision=rollout)
 
@@ -125,19 +131,19 @@ class RecipeConfig(LoopConfig, RunSchedule):
 
     def make_precision(self) -> Precision:
         """The loss's precision, with this configuration's loss scaling and FP8 options."""
-        fp8_options = {"base": self.fp8_base, "backend": self.fp8_backend}
-        return Precision(
-            self.precision, init_scale=self.init_scale, growth_interval=self.growth_interval, **fp8_options
-        )
+        return self._precision(self.precision)
 
     def make_rollout_precision(self) -> Precision:
         """The collecting policy's precision, which by default goes with the loss's."""
-        learner = self.make_precision()
-        name = self.rollout_precision or (self.precision if learner.fp8_recipe else "fp32")
-        rollout = Precision(name)
-        return (
-            dataclasses.replace(rollout, base=learner.base, backend=learner.backend) if rollout.fp8_recipe else rollout
+        return self._precision(
+            self.rollout_precision or (self.precision if self.make_precision().fp8_recipe else "fp32")
         )
+
+    def _precision(self, name: str) -> Precision:
+        precision = Precision(name, init_scale=self.init_scale, growth_interval=self.growth_interval)
+        if precision.fp8_recipe is None:
+            return precision
+        return dataclasses.replace(precision, base=self.fp8_base, backend=self.fp8_backend)
 
     def convert_agent(self, agent: nn.Module) -> ConversionReport | None:
         """Replace the linear layers of the networks, in place, where the precision is an fp8 one.
@@ -151,8 +157,11 @@ class RecipeConfig(LoopConfig, RunSchedule):
     def rollout_policy(self, policy: Any) -> Any:
         """The policy that collects: the learner's own where that runs in FP32, else its twin."""
         precision = self.make_rollout_precision()
-        plain = precision.name == "fp32" and self.make_precision().fp8_recipe is None
-        return policy if plain else twin(policy, precision)
+        learner_is_fp8 = self.make_precision().fp8_recipe is not None
+        if precision.name == "fp32" and not learner_is_fp8:
+            return policy
+        converts = precision.fp8_recipe is not None and not learner_is_fp8
+        return twin(policy, precision, self.fp8_skip if converts else ())
 
     def make_env(self) -> EnvBase:
         """The training environment."""

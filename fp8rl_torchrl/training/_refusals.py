@@ -90,6 +90,12 @@ def fits_precision(loss: nn.Module, precision: Precision) -> bool | None:
             f"the loss has Float8Linear layers of recipe {found}, but the precision is {precision.name!r}: they must "
             "agree, since the layers multiply in FP8 whatever the precision says"
         )
+    backends = {layer.backend for layer in layers if isinstance(layer, Float8Linear)}
+    if backends - {precision.backend}:
+        raise ValueError(
+            f"the Float8Linear layers were converted with backend {', '.join(sorted(backends))}, but the precision "
+            f"says {precision.backend!r}: convert the model with the precision that the step is given"
+        )
     if wanted is None or recipes:
         return True
     if layers:

@@ -80,6 +80,16 @@ def test_the_precision_that_collects(learner, rollout, collects_in):
     next(iter(pipeline))
 
 
+def test_a_rollout_alone_in_fp8_takes_its_options():
+    config = small(precision="bf16", rollout_precision="fp8", hidden=(32, 32, 32), fp8_base="fp32", fp8_skip=("*.2",))
+    pipeline = build(config)
+    assert pipeline.conversion is None
+    assert pipeline.collector.policy.precision.base == "fp32"
+    assert [isinstance(e, Float8Linear) for e in pipeline.collector.policy.modules()].count(True) == 1
+    assert not any(isinstance(each, Float8Linear) for each in pipeline.agent.modules())
+    next(iter(pipeline))
+
+
 @pytest.mark.parametrize("rollout", ["fp32", "fp8"])
 def test_the_stored_log_probability_is_the_rollouts_own(rollout):
     pipeline = build(small(rollout_precision=rollout, updates_per_collection=1, lr=1e-12, total_frames=64))
@@ -128,7 +138,8 @@ def test_evaluation_leaves_no_trace():
         ({"fp8_backend": "fast"}, ValueError, "backend must be"),
         ({"fp8_base": "fp16"}, ValueError, "base must be"),
         ({"precision": "bf16", "fp8_base": "fp32"}, ValueError, "options of the fp8 precisions"),
-        ({"precision": "bf16", "fp8_skip": ("*",)}, ValueError, "fp8_skip is an option of the fp8 precisions"),
+        ({"precision": "bf16", "fp8_skip": ("*",)}, ValueError, "fp8_skip are options of the fp8 precisions"),
+        ({"fp8_backend": "native"}, ValueError, "needs FP8 hardware, and a CPU has none"),
         ({"rollout_precision": "banana"}, ValueError, "unknown precision 'banana'"),
     ],
 )

@@ -89,6 +89,13 @@ def test_layers_of_another_precision_are_refused(layers, precision):
         OptimStep(OpenLoss(model), adam(model), precision)
 
 
+def test_layers_of_another_backend_are_refused():
+    model = network()
+    convert(model, "fp8")
+    with pytest.raises(ValueError, match="converted with backend auto, but the precision says 'emulated'"):
+        OptimStep(OpenLoss(model), adam(model), Precision("fp8", backend="emulated"))
+
+
 @pytest.mark.parametrize("base", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", FP8)
 def test_an_update_multiplies_fp8_codes_forward_and_backward(name, base, monkeypatch):
