@@ -220,7 +220,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     times.set(title="time (line: median)", ylabel="training time, s")
     times.set_ylim(bottom=0)
     for axes in (finals, times):
-        axes.set_xticks(range(len(groups)), [mode.replace("fp8-", "fp8-\n") for mode in groups])
+        axes.set_xticks(range(len(groups)), [mode.replace("-", "-\n", 2) for mode in groups], fontsize="small")
         axes.set_xlim(-0.6, len(groups) - 0.4)
     for axes in (curves, finals, times):
         axes.grid(alpha=0.3)

@@ -22,7 +22,9 @@ def saved_and_loaded(layer):
 
 @every_recipe
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), saved_and_loaded], ids=str
+    "copied",
+    [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "save"],
 )
 @pytest.mark.parametrize("used", [False, True])
 def test_a_copy_computes_the_same_and_stands_alone(recipe, copied, used):
