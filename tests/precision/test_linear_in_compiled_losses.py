@@ -37,8 +37,9 @@ def test_compiled_gradients_are_the_eager_ones(name, recipe, autocast, monkeypat
     assert all(gradient.isfinite().all() for gradient in found.values())
     assert max(errors(found, reference).values()) <= bound(name, recipe)
     # The same codes, so far closer to eager FP8 than FP8 is to FP32. Inside BF16 autocast the compiler rounds less
-    # often than the eager mode between two layers, so some codes differ.
-    assert max(errors(found, eager).values()) < (1e-3 if autocast == "fp32" else 0.03)
+    # often between two layers than the eager mode, by δ = .003. That moves a share δ/step of the numbers past a middle
+    # between two codes, by a whole step, hence √(δ·step) = .015 to .02 a cast: about half of the quantization error.
+    assert max(errors(found, eager).values()) < (1e-3 if autocast == "fp32" else bound(name, recipe) / 2)
     # Compilers call emulated products as they are, so they can be watched at run time.
     assert products_seen(watched) == products_expected(name, recipe)
 

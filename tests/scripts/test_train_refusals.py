@@ -12,7 +12,7 @@ from programs import SMALL, call, evaluate, newest, refused, train, tree
     [
         (["--colour=red"], "Unrecognized options: --colour"),
         (["run"], "Unrecognized options: run"),
-        (["--lr=fast"], "--lr: could not convert string to float: 'fast'"),
+        (["--gamma=fast"], "--gamma: could not convert string to float: 'fast'"),
         (["--lr=0"], "lr must be > 0; got 0.0"),
         (["--num-envs=3"], "frames_per_collection must be a multiple of num_envs; got 1024 and 3"),
         (["--hidden=0"], "hidden must name at least one layer"),
@@ -20,7 +20,7 @@ from programs import SMALL, call, evaluate, newest, refused, train, tree
         (["--episodes=0"], "episodes must be >= 1"),
         (["--total-frames=0"], "total_frames must be >= 1"),
         (["--precision=banana"], "unknown precision 'banana'; use one of fp32, tf32, bf16, fp16"),
-        (["--precision=fp8"], "nothing to convert: every linear layer would stay in high precision"),
+        (["--precision=fp8", "--hidden=8"], "nothing to convert: every linear layer would stay in high precision"),
         (["--env=NoSuchEnv-v0"], "there is no environment 'NoSuchEnv-v0'"),
         (["--env=nosuchpackage:Env-v0"], "No module named 'nosuchpackage'"),
         (["--env=Blackjack-v1"], "observations of the space Tuple are not supported"),

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-from fp8rl_torchrl import OptimStep
+from fp8rl_torchrl import OptimStep, Precision
 from fp8rl_torchrl.envs import CustomEnv
 from fp8rl_torchrl.recipes import ActorCriticConfig, build
 from fp8rl_torchrl.training import LoopConfig, Pipeline, Report
@@ -33,6 +33,8 @@ def rollout(returns, lengths, steps=4):
 
 class FakeStep:
     """Returns prepared metrics and counts as `OptimStep` does."""
+
+    precision = Precision("fp32")
 
     def __init__(self, metrics=()):
         self.metrics, self.batches = list(metrics), []

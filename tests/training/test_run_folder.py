@@ -23,6 +23,7 @@ def test_the_files_of_a_run(tmp_path):
         "metrics": "metrics.csv",
         "summary": "summary.json",
         "curve": "learning_curve.png",
+        "conversion": "conversion.json",
         "checkpoints": "checkpoints",
     }
     assert not folder.path.exists(), "naming a folder makes none"

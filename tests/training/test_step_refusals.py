@@ -63,7 +63,7 @@ def test_parameters_that_are_not_float32_are_refused(dtype):
         ({"max_grad_norm": NAN}, "max_grad_norm must be > 0"),
         ({"accumulate": 0}, "accumulate must be >= 1"),
         ({"precision": "fp64"}, "unknown precision 'fp64'; use one of fp32"),
-        ({"precision": "fp8"}, "not available in this version"),
+        ({"precision": "fp8"}, "no Float8Linear layer"),
         ({"optimizer": {}}, "give one optimizer"),
     ],
 )
