@@ -156,7 +156,8 @@ def _opaque(name: str, compute: Products, options: str) -> Callable[..., list[to
     """
 
     def run(operands: Any, *args: Any) -> list[torch.Tensor]:
-        return list(compute(tuple(operands), *args))
+        # A compiler must know how results lie in memory, and blocks of an ensemble lie otherwise than the whole.
+        return [each.contiguous() for each in compute(tuple(operands), *args)]
 
     schema = f"(Tensor[] operands, str recipe, str backend{options}) -> Tensor[]"
     operator = torch.library.custom_op(f"fp8rl_torchrl::{name}", run, mutates_args=(), schema=schema)

@@ -54,3 +54,21 @@ def test_a_block_that_is_left_out_would_be_found(monkeypatch):
         ),
     )
     assert not torch.equal(whole[0], ensemble("rowwise", False)[0])
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "tensorwise", "rowwise-gw-hp"])
+@pytest.mark.parametrize("members", [(), (3,), (10,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compilers_are_told_how_the_results_of_the_operators_lie_in_memory(recipe, members, dtype):
+    # Ten members are computed in several blocks (128 × 1024 elements each), which a compiler's fake run is not.
+    torch.manual_seed(0)
+    shared = torch.randn(256, 1024, dtype=dtype)
+    weight = torch.randn(*members, 112, 1024)
+    operators = torch.ops.fp8rl_torchrl
+    checks = ("test_schema", "test_faketensor")
+    for input in {shared, shared.expand(*members, *shared.shape).contiguous()}:
+        torch.library.opcheck(operators.output, ([input, weight], recipe, "emulated"), test_utils=checks)
+        output, *saved = operators.output([input, weight], recipe, "emulated")
+        operands = [torch.randn_like(output), weight, *(saved or [input])]
+        options = (recipe, "emulated", True, True, dtype)
+        torch.library.opcheck(operators.gradients, (operands, *options), test_utils=checks)
