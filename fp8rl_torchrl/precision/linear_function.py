@@ -185,9 +185,11 @@ def _in_blocks(compute: Products, operands: tuple[torch.Tensor, ...], *options: 
     return tuple(torch.cat(each) if each[0].dim() == 3 else each[0] for each in zip(*parts, strict=True))
 
 
-_opaque_output = _opaque("output", functools.partial(_in_blocks, _output), "")
+_opaque_output = _opaque("emulated_output", functools.partial(_in_blocks, _output), "")
 _opaque_gradients = _opaque(
-    "gradients", functools.partial(_in_blocks, _gradients), ", bool needs_input, bool needs_weight, ScalarType dtype"
+    "emulated_gradients",
+    functools.partial(_in_blocks, _gradients),
+    ", bool needs_input, bool needs_weight, ScalarType dtype",
 )
 
 

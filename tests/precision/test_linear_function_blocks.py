@@ -67,8 +67,8 @@ def test_compilers_are_told_how_the_results_of_the_operators_lie_in_memory(recip
     operators = torch.ops.fp8rl_torchrl
     checks = ("test_schema", "test_faketensor")
     for input in {shared, shared.expand(*members, *shared.shape).contiguous()}:
-        torch.library.opcheck(operators.output, ([input, weight], recipe, "emulated"), test_utils=checks)
-        output, *saved = operators.output([input, weight], recipe, "emulated")
+        torch.library.opcheck(operators.emulated_output, ([input, weight], recipe, "emulated"), test_utils=checks)
+        output, *saved = operators.emulated_output([input, weight], recipe, "emulated")
         operands = [torch.randn_like(output), weight, *(saved or [input])]
         options = (recipe, "emulated", True, True, dtype)
-        torch.library.opcheck(operators.gradients, (operands, *options), test_utils=checks)
+        torch.library.opcheck(operators.emulated_gradients, (operands, *options), test_utils=checks)
