@@ -25,8 +25,8 @@ class Float8Linear(nn.Linear):
     autocast and inference mode, and its ``state_dict`` is that of `torch.nn.Linear`. It cannot be differentiated
     twice, since the derivative of rounding is zero: that raises.
 
-    Without gradients (rollouts, target networks), on a CPU and in eager mode, the codes of a weight are kept until the
-    weight changes. Elsewhere each call casts the weight anew.
+    Where no gradient is needed (rollouts, target networks), on a CPU and in eager mode, the codes of a weight are kept
+    until the weight changes. Elsewhere each call casts the weight anew.
 
     Args:
         in_features: Size of the input, K.

@@ -33,7 +33,8 @@ def float8_product(input: torch.Tensor, weight: torch.Tensor, recipe: str, backe
     Returns:
         ``[M, N]``. Differentiating its gradients once more raises a RuntimeError.
     """
-    if not torch.is_grad_enabled() and _keeps_codes(input, weight):
+    differentiated = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+    if not differentiated and _keeps_codes(input, weight):
         gemm = RECIPES[recipe].output
         return _multiply(gemm, quantize(input, gemm.left), _kept_codes(weight, gemm.right), input.dtype, backend)
     return _Forward.apply(input, weight, recipe, backend)[0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]

@@ -204,3 +204,24 @@ def test_a_policy_in_a_tensordict_module_keeps_them_too(casts):
 def test_weights_of_other_dtypes_are_cast_each_time(casts):
     layer = make().bfloat16()
     assert casts_of_weight(casts, layer, calls=2) == 2
+
+
+def test_a_frozen_weight_is_cast_once_also_where_gradients_are_enabled(casts):
+    """TorchRL's value estimators call target networks with gradients enabled and parameters that need none."""
+    layer = make()
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False)
+    for _ in range(3):
+        layer(normal(8, 64))
+    assert casts.count((48, 64)) == 1
+    casts.clear()
+    x = normal(8, 64).requires_grad_()
+    layer(x).sum().backward()  # the input's gradient needs the weight once more, the other way round
+    assert x.grad.isfinite().all()
+    assert casts.count((48, 64)) == 1
+    assert casts.count((64, 48)) == 1
+    casts.clear()
+    layer.weight.requires_grad_(True)
+    layer(normal(8, 64)).sum().backward()
+    assert layer.weight.grad.isfinite().all()
+    assert casts.count((48, 64)) == 1
