@@ -19,7 +19,7 @@ Quantized = tuple[torch.Tensor, torch.Tensor]
 """Codes and scale."""
 
 
-# Dynamo takes the function as it is; the compiler behind it traces through, and fuses the casts like other code.
+# Dynamo takes the function as it is; the compiler behind it traces native products through, and fuses their casts.
 @torch.compiler.allow_in_graph
 def float8_product(input: torch.Tensor, weight: torch.Tensor, recipe: str, backend: str) -> torch.Tensor:
     """``input weightᵀ`` in FP8, with the gradients that the recipe says.

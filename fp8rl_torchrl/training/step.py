@@ -148,8 +148,11 @@ class OptimStep(OptimizationStepper):
         return [parameter for parameter in self._parameters[key] if parameter.requires_grad]
 
     def _update(self, batch: TensorDictBase, compute_loss: Callable[[TensorDictBase], TensorDictBase]) -> TensorDict:
-        with self.precision.autocast(self.device), self._watched():
+        # Where the loss's networks could not be seen beforehand, FP8 must be seen to run the first time.
+        watched = contextlib.nullcontext() if self._float8_seen else float8_must_run(self.precision)
+        with self.precision.autocast(self.device), watched:
             outputs = compute_loss(batch)
+        self._float8_seen = True
         losses = self._select_losses(outputs)
         if not self._checked:
             self._check_once(losses)
@@ -159,13 +162,6 @@ class OptimStep(OptimizationStepper):
             self._last_step = self._apply()
         metrics = {key: value.detach() for key, value in outputs.items()}
         return TensorDict({**metrics, **self._last_step}, batch_size=[])
-
-    def _watched(self) -> contextlib.AbstractContextManager[None]:
-        """The first time, FP8 must be seen to run, unless it was seen before."""
-        if self._float8_seen:
-            return contextlib.nullcontext()
-        self._float8_seen = True
-        return float8_must_run(self.precision)
 
     def _select_losses(self, outputs: TensorDictBase) -> dict[str, torch.Tensor]:
         found = {key: value for key, value in outputs.items() if isinstance(key, str) and key.startswith("loss")}

@@ -71,8 +71,9 @@ def test_where_the_network_cannot_be_seen_the_first_call_finds_out():
     model = network()
     step = OptimStep(closed_loss(model), adam(model), "fp8")
     before = model[0].weight.clone()
-    with pytest.raises(ValueError, match="no Float8Linear layer"):
-        step(batch())
+    for _ in range(2):  # and the second call, too
+        with pytest.raises(ValueError, match="no Float8Linear layer"):
+            step(batch())
     assert torch.equal(model[0].weight, before)
 
     convert(model, "fp8")
