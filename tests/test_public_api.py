@@ -27,10 +27,13 @@ NAMES = {
     "convert": "precision.convert",
     "evaluate": "training.evaluate",
     "twin": "precision.twin",
+    "envs.CartPoleEnv": "envs.classic_control",
     "envs.CustomEnv": "envs.custom",
+    "envs.NativeEnv": "envs.native",
     "envs.make": "envs.gym",
     "envs.check_env": "envs.conformance",
     "envs.EnvConformanceError": "envs.conformance",
+    "data.PackedReplayBuffer": "data.packed",
     "recipes.build": "recipes",
     "recipes.ActorCriticConfig": "recipes.actor_critic",
 }
@@ -81,7 +84,7 @@ def test_dir_of_the_package_names_all_of_it():
 
 @pytest.mark.parametrize(
     ("package", "name", "offer"),
-    [(f8, "Precison", "ActorCritic, EvalResult, .*Precision"), (f8.envs, "CartPole", "CustomEnv, .*check_env, make")],
+    [(f8, "Precison", "ActorCritic, EvalResult, .*Precision"), (f8.envs, "CartPole", "CartPoleEnv, .*check_env, make")],
 )
 def test_an_unknown_name_is_refused_with_those_that_exist(package, name, offer):
     with pytest.raises(AttributeError, match=f"has no attribute '{name}'; it offers .*{offer}"):
@@ -215,7 +218,8 @@ def test_the_default_agent_is_tensordict_modules_that_share_an_encoder(default):
 def test_the_default_data_path(default):
     assert type(default.collector) is Collector
     assert default.collector.env is default.env
-    assert type(default.replay) is TensorDictReplayBuffer
+    assert type(default.replay) is f8.data.PackedReplayBuffer
+    assert isinstance(default.replay, TensorDictReplayBuffer)
     assert default.replay.storage.max_size == 10_000
     default.replay.extend(default.env.rollout(5, default.agent.policy).detach().reshape(-1))
     assert default.replay.sample().batch_size == (64,)

@@ -8,6 +8,7 @@ from fp8rl_torchrl._lazy import lazy_names
 from fp8rl_torchrl.envs.gymnasium_env import register
 
 if TYPE_CHECKING:
+    from fp8rl_torchrl.envs.classic_control import CartPoleEnv
     from fp8rl_torchrl.envs.conformance import (
         ConformanceReport,
         EnvConformanceError,
@@ -16,8 +17,18 @@ if TYPE_CHECKING:
     )
     from fp8rl_torchrl.envs.custom import CustomEnv
     from fp8rl_torchrl.envs.gym import make
+    from fp8rl_torchrl.envs.native import NativeEnv
 
-__all__ = ["ConformanceReport", "CustomEnv", "EnvConformanceError", "EnvConformanceSuite", "check_env", "make"]
+__all__ = [
+    "CartPoleEnv",
+    "ConformanceReport",
+    "CustomEnv",
+    "EnvConformanceError",
+    "EnvConformanceSuite",
+    "NativeEnv",
+    "check_env",
+    "make",
+]
 
 # `gymnasium.make("fp8rl_torchrl:fp8rl/CustomEnv-v0")` imports this package, which therefore registers the
 # environment, and loads all that needs torch only when it is asked for.
@@ -25,10 +36,12 @@ register()
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "CartPoleEnv": "classic_control",
         "ConformanceReport": "conformance",
         "CustomEnv": "custom",
         "EnvConformanceError": "conformance",
         "EnvConformanceSuite": "conformance",
+        "NativeEnv": "native",
         "check_env": "conformance",
         "make": "gym",
     },

@@ -24,10 +24,11 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
+from fp8rl_torchrl.envs.classic_control import CartPoleEnv
 from fp8rl_torchrl.envs.custom import CustomEnv
 from fp8rl_torchrl.envs.gymnasium_env import ENV_ID, CustomGymnasiumVectorEnv, register
 
-_NATIVE: dict[str, Callable[..., EnvBase]] = {"CustomEnv": CustomEnv, ENV_ID: CustomEnv}
+_NATIVE: dict[str, Callable[..., EnvBase]] = {"CustomEnv": CustomEnv, ENV_ID: CustomEnv, "CartPole-v1": CartPoleEnv}
 # Vector environments that take a reset mask in every autoreset mode, and not only in the one that is made for it.
 _RESETTABLE = (SyncVectorEnv, AsyncVectorEnv, CustomGymnasiumVectorEnv)
 
@@ -37,12 +38,16 @@ def make(
     num_envs: int | None = None,
     device: str | torch.device = "cpu",
     seed: int | None = None,
+    *,
+    native: bool = True,
     **kwargs: Any,
 ) -> EnvBase:
     """Make an environment: native where this package has one, else Gymnasium's own as a TorchRL environment.
 
-    ``"CustomEnv"`` and ``"fp8rl/CustomEnv-v0"`` give the native `CustomEnv`. Any other id is made by Gymnasium, all
-    ``num_envs`` of it in this process, and returned as a `GymnasiumEnv`:
+    ``"CustomEnv"`` and ``"fp8rl/CustomEnv-v0"`` give the native `CustomEnv`, ``"CartPole-v1"`` gives the native
+    `CartPoleEnv`; their classes say what they hold. Any other id, and with ``native=False`` these too, is made by
+    Gymnasium, all ``num_envs`` of it in this process, and returned as a `GymnasiumEnv`. Where only an id can be given,
+    as on a command line, ``"gymnasium:CartPole-v1"`` asks for Gymnasium's own. A `GymnasiumEnv` holds:
 
     | key | shape | dtype | |
     |---|---|---|---|
@@ -63,7 +68,9 @@ def make(
         device: Where all tensors live. Gymnasium environments compute on the CPU and their results are moved.
         seed: The seed; environment ``i`` of a batch gets ``seed + i``. None draws one from torch's global generator; an
             environment that exists already is then left as it is.
-        **kwargs: Passed on to the environment's constructor.
+        native: Whether an id that this package has an environment of its own for gives that one. False gives
+            Gymnasium's. A spec or an existing environment is always Gymnasium's.
+        **kwargs: Passed on to the environment's constructor, the native one's or Gymnasium's.
 
     Returns:
         An environment of batch size ``[N]`` (or ``[]``). Its method ``fresh(num_envs=None, seed=None)`` builds an
@@ -78,6 +85,8 @@ def make(
         >>> env = make("CartPole-v1", num_envs=4, seed=0)
         >>> env.rollout(10, break_when_any_done=False)["next", "observation"].shape
         torch.Size([4, 10, 4])
+        >>> make("CartPole-v1", num_envs=4, native=False).rollout(1)["next", "observation"].shape
+        torch.Size([4, 1, 4])
     """
     device = _available(device)
     if num_envs is not None and (isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1):
@@ -88,12 +97,18 @@ def make(
         return _wrap_existing(id, num_envs, device, seed, kwargs)
     if not isinstance(id, (str, EnvSpec)):
         raise TypeError(f"make needs the id of an environment, or a Gymnasium environment; got {type(id).__name__}")
-    if isinstance(id, str) and id.partition(":")[2] in _NATIVE:
+    if isinstance(id, str) and id.startswith("fp8rl_torchrl") and id.partition(":")[2] in _NATIVE:
         id = id.partition(":")[2]
-    if isinstance(id, str) and id in _NATIVE:
-        return _NATIVE[id](num_envs=num_envs, device=device, seed=seed, **kwargs)
+    if native and isinstance(id, str) and id in _NATIVE:
+        try:
+            return _NATIVE[id](num_envs=num_envs, device=device, seed=seed, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{error}; native=False makes Gymnasium's {id}, with that one's arguments") from error
 
-    env = GymnasiumEnv(_build(id, num_envs, kwargs), device, lambda n, s: make(id, n, device, s, **kwargs))
+    name = ENV_ID if id == "CustomEnv" else id
+    env = GymnasiumEnv(
+        _build(name, num_envs, kwargs), device, lambda n, s: make(name, n, device, s, native=False, **kwargs)
+    )
     env.set_seed(int(torch.randint(2**31, ())) if seed is None else seed)
     return env
 

@@ -28,7 +28,7 @@ def transformed_env():
 
 
 def cart_pole():
-    return make("CartPole-v1", num_envs=3, seed=0)
+    return make("CartPole-v1", num_envs=3, seed=0, native=False)
 
 
 def build(make_env, frames=60):

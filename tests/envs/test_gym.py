@@ -9,6 +9,7 @@ from gymnasium import spaces
 from gymnasium.wrappers import FlattenObservation
 from torchrl.envs import EnvBase, TransformedEnv, check_env_specs
 
+from fp8rl_torchrl.envs.classic_control import CartPoleEnv
 from fp8rl_torchrl.envs.custom import CustomEnv
 from fp8rl_torchrl.envs.gym import GymnasiumEnv, make
 from fp8rl_torchrl.envs.gymnasium_env import ENV_ID
@@ -32,13 +33,37 @@ def test_our_own_environment_is_native(name):
     assert make(name).batch_size == ()
 
 
+@pytest.mark.parametrize("name", ["CartPole-v1", "fp8rl_torchrl:CartPole-v1"])
+def test_cart_pole_is_native(name):
+    env = make(name, num_envs=3, seed=5, max_steps=7)
+    assert type(env) is CartPoleEnv
+    assert env.dynamics.max_steps == 7
+    torch.testing.assert_close(env.reset()["observation"], CartPoleEnv(num_envs=3, seed=5).reset()["observation"])
+    assert make(name).batch_size == ()
+
+
 # ---- Gymnasium's own
+
+
+@pytest.mark.parametrize("num_envs", [None, 2])
+@pytest.mark.parametrize("name", ["CartPole-v1", "CustomEnv", ENV_ID])
+def test_without_native_it_is_gymnasiums_own_and_so_is_its_fresh_copy(name, num_envs):
+    env = make(name, num_envs, seed=0, native=False)
+    for each in (env, env.fresh(seed=1)):
+        assert type(each) is GymnasiumEnv
+        assert each.batch_size == (() if num_envs is None else (num_envs,))
+        assert "state" not in each.reset().keys()
+
+
+def test_an_id_can_ask_for_gymnasiums_own():
+    start = make("gymnasium:CartPole-v1", num_envs=2, seed=3).reset()["observation"]
+    torch.testing.assert_close(start, make("CartPole-v1", num_envs=2, seed=3, native=False).reset()["observation"])
 
 
 @pytest.mark.parametrize("num_envs", [None, 1, 4])
 @pytest.mark.parametrize("name", CONTROL)
 def test_control_environments_run_in_a_collector(name, num_envs):
-    env = make(name, num_envs, seed=0)
+    env = make(name, num_envs, seed=0, native=False)
     assert isinstance(env, GymnasiumEnv)
     assert env.batch_size == (() if num_envs is None else (num_envs,))
     check_env_specs(env)
@@ -60,7 +85,7 @@ def test_control_environments_run_in_a_collector(name, num_envs):
 
 @pytest.mark.parametrize("num_envs", [None, 2])
 def test_bookkeeping_of_whole_episodes(num_envs):
-    data = collect(make("CartPole-v1", num_envs, seed=0), frames=400)
+    data = collect(make("CartPole-v1", num_envs, seed=0, native=False), frames=400)
     rows = data if num_envs else data[None]
     assert rows["next", "done"].sum() >= 10
     for row in rows:
@@ -90,21 +115,21 @@ def test_a_discrete_observation_is_one_hot():
 @pytest.mark.parametrize("num_envs", [None, 3])
 def test_seeds(num_envs):
     def episodes(seed):
-        env = make("CartPole-v1", num_envs, seed=seed)
+        env = make("CartPole-v1", num_envs, seed=seed, native=False)
         torch.manual_seed(0)  # of the random actions
         return collect(env, frames=90)["observation"]
 
     torch.testing.assert_close(episodes(3), episodes(3), rtol=0, atol=0)
     assert not torch.isclose(episodes(3), episodes(4)).all(-1).any()
     if num_envs:
-        first = make("CartPole-v1", num_envs, seed=3).reset()["observation"]
+        first = make("CartPole-v1", num_envs, seed=3, native=False).reset()["observation"]
         assert len({tuple(row) for row in first.tolist()}) == num_envs
 
 
 def test_without_a_seed_torch_decides():
     def first(torch_seed):
         torch.manual_seed(torch_seed)
-        return make("CartPole-v1").reset()["observation"].tolist()
+        return make("CartPole-v1", native=False).reset()["observation"].tolist()
 
     assert first(0) == first(0) != first(1)
 
@@ -114,14 +139,14 @@ def test_without_a_seed_torch_decides():
 
 @pytest.mark.parametrize("num_envs", [None, 2])
 def test_a_fresh_copy_is_independent(num_envs):
-    env = make("CartPole-v1", num_envs, seed=0)
-    twin = make("CartPole-v1", num_envs, seed=0)
+    env = make("CartPole-v1", num_envs, seed=0, native=False)
+    twin = make("CartPole-v1", num_envs, seed=0, native=False)
     start = env.reset()
     twin.reset()
     copy = env.fresh(seed=9)
     assert copy.batch_size == env.batch_size
     torch.testing.assert_close(
-        copy.reset()["observation"], make("CartPole-v1", num_envs, seed=9).reset()["observation"]
+        copy.reset()["observation"], make("CartPole-v1", num_envs, seed=9, native=False).reset()["observation"]
     )
     copy.rollout(30, break_when_any_done=False)
     action = torch.ones(env.batch_size, dtype=torch.int64)
@@ -159,7 +184,7 @@ def test_tensors_live_on_the_device(num_envs):
 
 
 def test_what_make_returns_is_a_torchrl_environment():
-    env = make("CartPole-v1", 2)
+    env = make("CartPole-v1", 2, native=False)
     assert isinstance(env, EnvBase)
     assert isinstance(env, TransformedEnv)
     env.close()

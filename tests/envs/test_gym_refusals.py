@@ -50,3 +50,9 @@ def test_wrong_seeds_are_refused(seed):
 def test_missing_devices_are_refused(name, device):
     with pytest.raises(ValueError, match=rf"there is no device '?{device}'? here.*'cpu' always works"):
         make(name, device=device)
+
+
+def test_arguments_of_gymnasiums_own_are_refused_for_a_native_one_with_advice():
+    with pytest.raises(TypeError, match=r"CartPoleEnv has no argument sutton_barto_reward;.*native=False makes Gym"):
+        make("CartPole-v1", sutton_barto_reward=True)
+    assert make("CartPole-v1", native=False, sutton_barto_reward=True).batch_size == ()

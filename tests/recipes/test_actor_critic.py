@@ -62,7 +62,7 @@ def test_it_is_made_of_the_components_it_names(precision):
     assert [layer.out_features for layer in pipeline.agent.modules() if isinstance(layer, nn.Linear)] == [8, 2, 1]
     assert type(pipeline.collector) is Collector
     assert pipeline.collector.env is pipeline.env
-    assert type(pipeline.replay) is TensorDictReplayBuffer
+    assert isinstance(pipeline.replay, TensorDictReplayBuffer)
     assert isinstance(pipeline.loss, ReplayedActorCriticLoss)
     assert pipeline.loss.actor_critic is pipeline.agent
     assert isinstance(pipeline.step, OptimStep)
@@ -137,7 +137,7 @@ def test_precisions_differ():
 
 
 def test_it_trains_on_a_gymnasium_environment():
-    *_, report = build(dataclasses.replace(SMALL, env="CartPole-v1"))
+    *_, report = build(dataclasses.replace(SMALL, env="gymnasium:CartPole-v1"))
     assert report.frames == 256
     assert report.updates == 16
     assert 8 <= report.episode_length <= 60

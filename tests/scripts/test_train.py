@@ -131,10 +131,10 @@ def test_the_seed_repeats_a_run_from_the_command_line():
 
 
 def test_a_gymnasium_environment_trains_and_resumes_at_fresh_episodes_and_says_so(capsys):
-    assert call(train, *SMALL, "--env=CartPole-v1", "--total-frames=128", "--run-dir=run") == 0
+    assert call(train, *SMALL, "--env=gymnasium:CartPole-v1", "--total-frames=128", "--run-dir=run") == 0
     assert "fresh episodes" not in capsys.readouterr().out
     assert call(train, "--resume=run", "--total-frames=256") == 0
-    expected = "CartPole-v1 keeps state that cannot be restored: training resumes at fresh episodes"
+    expected = "gymnasium:CartPole-v1 keeps state that cannot be restored: training resumes at fresh episodes"
     assert expected in capsys.readouterr().out
     assert [row["frames"] for row in read_metrics("run/metrics.csv")] == [64, 128, 192, 256]
 

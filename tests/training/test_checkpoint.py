@@ -273,7 +273,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(component, damage, tmp_p
 
 
 def test_a_gymnasium_environment_resumes_at_fresh_episodes(tmp_path):
-    config = dataclasses.replace(CONFIG, env="CartPole-v1")
+    config = dataclasses.replace(CONFIG, env="gymnasium:CartPole-v1")
     stopped = build(config)
     advance(stopped, 3)
     checkpoints_of(stopped, tmp_path).save(stopped.frames)

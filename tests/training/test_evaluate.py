@@ -232,7 +232,7 @@ def train(env_id, evaluation):
     return repr(reports), {name: value.tolist() for name, value in pipeline.agent.state_dict().items()}, draws()
 
 
-@pytest.mark.parametrize("env_id", ["CustomEnv", "CartPole-v1"])
+@pytest.mark.parametrize("env_id", ["CustomEnv", "gymnasium:CartPole-v1"])
 def test_training_with_and_without_evaluation_is_the_same_run(env_id):
     without = train(env_id, lambda pipeline: None)
     assert train(env_id, lambda pipeline: evaluate(pipeline.agent.policy, pipeline.env, 5)) == without
@@ -275,13 +275,13 @@ def test_a_wrapped_environment_keeps_its_transforms():
 
 
 def test_a_gymnasium_environment():
-    env = make("CartPole-v1", num_envs=3, seed=0)
+    env = make("CartPole-v1", num_envs=3, seed=0, native=False)
     before = env.reset()
     result = evaluate(idle, env, 5, seed=0)
     # pushing left only, the pole falls within 8 to 10 steps, each of which pays 1
     assert result.returns == tuple(map(float, result.lengths))
     assert set(result.lengths) <= {8, 9, 10}
-    assert result == evaluate(idle, lambda: make("CartPole-v1", num_envs=5), 5, seed=0)
+    assert result == evaluate(idle, lambda: make("CartPole-v1", num_envs=5, native=False), 5, seed=0)
     env.step(idle(before))  # still alive
 
 
