@@ -1,6 +1,15 @@
 """Collecting and storing experience."""
 
 from fp8rl_torchrl.data.collect import CollectorState, make_collector, restores_exactly
+from fp8rl_torchrl.data.packed import PackedReplayBuffer, PackedStorage
 from fp8rl_torchrl.data.replay import replay_buffer, rollout_buffer
 
-__all__ = ["CollectorState", "make_collector", "replay_buffer", "restores_exactly", "rollout_buffer"]
+__all__ = [
+    "CollectorState",
+    "PackedReplayBuffer",
+    "PackedStorage",
+    "make_collector",
+    "replay_buffer",
+    "restores_exactly",
+    "rollout_buffer",
+]

@@ -5,6 +5,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import TensorDictReplayBuffer
 
+from fp8rl_torchrl.data.packed import PackedReplayBuffer
 from fp8rl_torchrl.data.replay import replay_buffer, rollout_buffer
 from fp8rl_torchrl.envs.custom import CustomEnv
 from fp8rl_torchrl.models.actor_critic import ActorCritic
@@ -20,7 +21,8 @@ def numbered(*numbers):
 
 def test_the_defaults():
     buffer = replay_buffer()
-    assert type(buffer) is TensorDictReplayBuffer
+    assert type(buffer) is PackedReplayBuffer
+    assert isinstance(buffer, TensorDictReplayBuffer)
     assert buffer.storage.max_size == 10_000
     buffer.extend(numbered(*range(100)))
     assert buffer.sample().batch_size == (64,)
