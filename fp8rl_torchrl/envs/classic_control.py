@@ -130,8 +130,8 @@ class CartPoleDynamics:
         Returns:
             The state at the start, each field of the counters' shape.
         """
-        noise = (uniform(seed, index, episode, stream=stream) for stream in range(4))
-        position, velocity, angle, angular_velocity = ((2 * draw - 1) * _CART_POLE_START for draw in noise)
+        noise = (2 * uniform(seed, index, episode, streams=4) - 1) * _CART_POLE_START
+        position, velocity, angle, angular_velocity = noise.unbind()
         return CartPoleState(
             position=position,
             velocity=velocity,

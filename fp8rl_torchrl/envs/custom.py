@@ -72,8 +72,8 @@ class CustomDynamics(CustomConstants):
         Returns:
             The state at the start, each field of the counters' shape.
         """
-        position = (2 * uniform(seed, index, episode, stream=0) - 1) * START_POSITION
-        velocity = (2 * uniform(seed, index, episode, stream=1) - 1) * START_VELOCITY
+        place, speed = uniform(seed, index, episode, streams=2).unbind()
+        position, velocity = (2 * place - 1) * START_POSITION, (2 * speed - 1) * START_VELOCITY
         return CustomState(
             position=position,
             velocity=velocity,

@@ -180,17 +180,29 @@ class NativeEnv(EnvBase):
         """
         # Every entry is its own tensor: a shared one would let a later in-place write reach an earlier TensorDict.
         # What a step passes on as it is, such as the counters, would be shared otherwise.
-        physics = {name: value.clone() for name, value in state._asdict().items() if name not in _AT_ROOT}
-        entries = {
+        entries: dict[str, Any] = {"state": {}}
+        for key, value in self.entries(state, observation, terminated, truncated).items():
+            if isinstance(key, tuple):
+                entries["state"][key[1]] = value.clone()
+            else:
+                entries[key] = value.clone() if key in ("terminated", "truncated") else value
+        entries["state"] = TensorDict(entries["state"], batch_size=self.batch_size, device=self.device)
+        return TensorDict(entries, batch_size=self.batch_size, device=self.device)
+
+    def entries(
+        self, state: Any, observation: torch.Tensor, terminated: torch.Tensor, truncated: torch.Tensor
+    ) -> dict[Any, torch.Tensor]:
+        """What `write` puts into a TensorDict, by key, without a copy: for programs that make columns of it."""
+        physics = {("state", name): value for name, value in state._asdict().items() if name not in _AT_ROOT}
+        return {
             "observation": observation,
-            "state": TensorDict(physics, batch_size=self.batch_size, device=self.device),
+            **physics,
             "step_count": state.step_count.unsqueeze(-1),
             "episode_reward": state.episode_reward.unsqueeze(-1),
-            "terminated": terminated.unsqueeze(-1).clone(),
-            "truncated": truncated.unsqueeze(-1).clone(),
+            "terminated": terminated.unsqueeze(-1),
+            "truncated": truncated.unsqueeze(-1),
             "done": (terminated | truncated).unsqueeze(-1),
         }
-        return TensorDict(entries, batch_size=self.batch_size, device=self.device)
 
     def _make_specs(self, limits: Limits) -> None:
         batch, device = self.batch_size, self.device

@@ -6,6 +6,9 @@ depends on nothing else, so the same counters give the same noise on every devic
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 _WORD = 0xFFFFFFFF
@@ -23,20 +26,42 @@ def _mix(word: torch.Tensor) -> torch.Tensor:
     return word ^ (word >> 15)
 
 
-def uniform(seed: torch.Tensor, index: torch.Tensor, episode: torch.Tensor, *, stream: int) -> torch.Tensor:
+def uniform(seed: torch.Tensor, index: torch.Tensor, episode: torch.Tensor, *, streams: int) -> torch.Tensor:
     """Uniform noise in ``[0, 1)`` that is a pure function of its counters.
 
     Args:
         seed: int64, any shape; all 64 bits count.
         index: int64 of the same shape, the environment's place in the batch.
         episode: int64 of the same shape, the number of the episode.
-        stream: Which of several independent draws of one episode this is.
+        streams: How many independent draws of one episode are wanted.
 
     Returns:
-        float32 of the same shape, a multiple of 2^-24.
+        float32 ``[streams, ...]``, multiples of 2^-24. A stream does not depend on how many there are.
     """
+    if episode.device.type == "cpu" and torch.compiler.is_compiling():
+        # Inlined into an unrolled loop, these integers take minutes to compile for a CPU; as a kernel of its own, once.
+        return _kernel(seed, index, episode, streams)
+    return _hash(seed, index, episode, streams)
+
+
+def _hash(seed: torch.Tensor, index: torch.Tensor, episode: torch.Tensor, streams: int) -> torch.Tensor:
     word = _mix((seed & _WORD) ^ _WEYL)
     for counter in (seed >> 32, index, episode):
         word = _mix((word + (counter & _WORD) + _WEYL) & _WORD)
-    word = _mix((word + stream * _WEYL) & _WORD)
-    return (word >> 8).to(torch.float32) * 2.0**-24
+    words = torch.stack([_mix((word + stream * _WEYL) & _WORD) for stream in range(streams)])
+    return (words >> 8).to(torch.float32) * 2.0**-24
+
+
+@functools.cache
+def _compiled() -> Callable[..., torch.Tensor]:
+    return torch.compile(_hash, dynamic=True, fullgraph=True)
+
+
+@torch.library.custom_op("fp8rl_torchrl::start_noise", mutates_args=())
+def _kernel(seed: torch.Tensor, index: torch.Tensor, episode: torch.Tensor, streams: int) -> torch.Tensor:
+    return _compiled()(seed.contiguous(), index.contiguous(), episode.contiguous(), streams)
+
+
+@_kernel.register_fake
+def _(seed: torch.Tensor, index: torch.Tensor, episode: torch.Tensor, streams: int) -> torch.Tensor:
+    return episode.new_empty((streams, *episode.shape), dtype=torch.float32)

@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import InteractionType, TensorDictModule, TensorDictSequential
 from torch import nn
-from torch.distributions import Categorical, Distribution
+from torch.distributions import Distribution
 from torchrl.data import Bounded, TensorSpec
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.envs import EnvBase
@@ -24,6 +24,7 @@ from torchrl.modules import (
     ValueOperator,
 )
 
+from fp8rl_torchrl.models.categorical import Categorical
 from fp8rl_torchrl.models.networks import Float32Head, mlp_encoder
 
 

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
-from torch.distributions import Distribution
 from torchrl.objectives import LossModule
 
-
-class JointModel(Protocol):
-    """What the loss needs of a model; `fp8rl_torchrl.ActorCritic` offers it."""
-
-    @property
-    def value(self) -> TensorDictModuleBase:
-        """The critic; its ``in_keys`` are what the model observes."""
-        ...
-
-    def distribution_and_value(self, tensordict: TensorDictBase) -> tuple[Distribution, torch.Tensor]:
-        """The action distribution ``[...]`` and the state value ``[..., 1]`` of the observation in a TensorDict."""
-        ...
-
-    def state_value(self, tensordict: TensorDictBase) -> torch.Tensor:
-        """The state value ``[..., 1]`` alone."""
-        ...
+from fp8rl_torchrl.objectives.joint_model import JointModel, entropy_of
 
 
 class ReplayedActorCriticLoss(LossModule):
@@ -126,7 +109,7 @@ class ReplayedActorCriticLoss(LossModule):
 
         ratio = (log_prob.detach() - tensordict["action_log_prob"]).exp()
         weight = ratio.clamp(max=self.max_weight)
-        entropy = _entropy(distribution).mean()
+        entropy = entropy_of(distribution).mean()
         return TensorDict(
             {
                 "loss_actor": -(weight * td_error.detach() * log_prob).mean(),
@@ -138,11 +121,3 @@ class ReplayedActorCriticLoss(LossModule):
             },
             batch_size=[],
         )
-
-
-def _entropy(distribution: Distribution) -> torch.Tensor:
-    """The entropy per element, by one reparametrised sample where there is no formula (the tanh-Normal)."""
-    try:
-        return distribution.entropy().float()
-    except NotImplementedError:
-        return -distribution.log_prob(distribution.rsample()).float()

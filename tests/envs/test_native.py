@@ -39,7 +39,7 @@ class DriftDynamics:
 
     @staticmethod
     def reset(seed, index, episode):
-        place, wind = (2 * uniform(seed, index, episode, stream=stream) - 1 for stream in (0, 1))
+        place, wind = (2 * uniform(seed, index, episode, streams=2) - 1).unbind()
         return DriftState(place, wind, torch.zeros_like(index), torch.zeros_like(place), seed, index, episode)
 
     @staticmethod

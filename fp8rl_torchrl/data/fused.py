@@ -1,0 +1,380 @@
+"""`FusedCollector`: policy, environment step and auto-reset of many steps as one program."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import CudaGraphModule
+from torchrl.collectors import BaseCollector
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+BLOCK = 8
+"""Steps that are compiled together: more take longer to compile, fewer make more calls."""
+
+PURE = ("pure_step", "pure_reset", "observe", "read", "write", "entries")
+
+
+class PureEnv(Protocol):
+    """What a `FusedCollector` needs of an environment besides `EnvBase`; `fp8rl_torchrl.envs.NativeEnv` offers it.
+
+    A state is a NamedTuple of tensors ``[N, ...]`` with, among others, the int64 counters ``seed``, ``index`` and
+    ``episode``. The first three are pure functions of tensors: no generator, no read of a value by the host.
+    """
+
+    def pure_step(
+        self, state: Any, action: torch.Tensor
+    ) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The next state, the next observation, the reward (float32 ``[N]``), ``terminated``, ``truncated``."""
+        ...
+
+    def pure_reset(self, seed: torch.Tensor, index: torch.Tensor, episode: torch.Tensor) -> Any:
+        """The state at the start of an episode."""
+        ...
+
+    def observe(self, state: Any) -> torch.Tensor:
+        """The observation ``[N, ...]`` of a state."""
+        ...
+
+    def read(self, tensordict: TensorDictBase) -> Any:
+        """The state that a TensorDict carries."""
+        ...
+
+    def write(
+        self, state: Any, observation: torch.Tensor, terminated: torch.Tensor, truncated: torch.Tensor
+    ) -> TensorDict:
+        """The TensorDict that carries a state: what a reset returns, and a step next to its reward."""
+        ...
+
+    def entries(
+        self, state: Any, observation: torch.Tensor, terminated: torch.Tensor, truncated: torch.Tensor
+    ) -> dict[Any, torch.Tensor]:
+        """What ``write`` puts into a TensorDict, by key; may share memory with the state."""
+        ...
+
+
+def unrolled(
+    env: PureEnv, state: Any, observation: torch.Tensor, act: Callable[[Any, torch.Tensor], torch.Tensor], steps: int
+) -> tuple[Any, torch.Tensor, list[tuple[Any, ...]]]:
+    """Some steps of every environment; those whose episode ends start the next one.
+
+    Args:
+        env: The environment.
+        state: The state before the first step, each field ``[N, ...]``.
+        observation: The observation of that state.
+        act: Maps a state and its observation to actions.
+        steps: How many.
+
+    Returns:
+        The state and the observation after the steps and their resets, and what `PureEnv.pure_step` returned in each.
+    """
+    transitions = []
+    looks = state.episode.device.type == "cpu" and not torch.compiler.is_compiling()  # reading a value costs nothing
+    starts = None if looks else _starts(env, state, steps)
+    resets = torch.zeros_like(state.episode)
+    for _ in range(steps):
+        transition = env.pure_step(state, act(state, observation))
+        transitions.append(transition)
+        state, observation, _, terminated, truncated = transition
+        done = terminated | truncated
+        if starts is None:
+            if not done.any():
+                continue
+            start: Any = env.pure_reset(state.seed, state.index, state.episode + 1)
+        else:
+            start = type(state)(*(_pick(field, resets) for field in starts))
+            resets = resets + done
+        observation = _where(done, env.observe(start), observation)
+        state = type(state)(*(_where(done, new, old) for new, old in zip(start, state, strict=True)))
+        if starts is not None:  # what never changes needs no choice
+            state = state._replace(seed=transition[0].seed, index=transition[0].index)
+    return state, observation, transitions
+
+
+def _starts(env: PureEnv, state: Any, steps: int) -> Any:
+    """The starts of the episodes after the running ones, each field ``[steps, N, ...]``: more can not begin.
+
+    In a compiled block these are one computation beforehand, and a reset is a look into this table. Hashing in every
+    step would take minutes to compile.
+    """
+    episode = state.episode
+    ahead = torch.arange(1, steps + 1, device=episode.device).reshape(-1, *[1] * episode.ndim) + episode
+    return env.pure_reset(state.seed.expand_as(ahead), state.index.expand_as(ahead), ahead)
+
+
+def _pick(field: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """``field[row[n], n]`` of a field ``[steps, N, ...]``."""
+    row = row.reshape(1, *row.shape, *[1] * (field.ndim - 1 - row.ndim)).expand(1, *field.shape[1:])
+    return field.gather(0, row).squeeze(0)
+
+
+def _where(done: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    return torch.where(done.reshape(*done.shape, *[1] * (old.ndim - done.ndim)), new, old)
+
+
+class FusedCollector(BaseCollector):
+    """TorchRL's `Collector` for environments that are pure functions, many steps at a time without any overhead.
+
+    The TensorDicts that it yields have the layout ``[N, T]`` and the keys of `torchrl.collectors.Collector`'s, and the
+    same content: start states are the same, and so are sampled actions, because compiled code draws its random numbers
+    from torch's global generator in the same order. (Where a compiler rounds a probability differently, an action can
+    differ once in millions.) In memory they lie time-major.
+
+    On a CPU, blocks of steps are compiled. On a GPU a whole collection is captured as a CUDA graph besides; random
+    numbers then come from the graph's own place in the generator's stream, so that actions have the same distribution
+    but are not the same.
+
+    Args:
+        create_env_fn: The environment, or a function that makes one. It needs what `PureEnv` lists, as
+            `fp8rl_torchrl.envs.CustomEnv` has it. The collector keeps the state; the environment itself is only reset.
+        policy: Writes ``action`` into a TensorDict, and whatever else of it is to be stored; None draws random actions.
+        frames_per_batch: Environment steps in each TensorDict ``[N, T]``, over all environments.
+        total_frames: When to stop; -1 never does.
+        exploration_type: As in `Collector`.
+        track_traj_ids: As in `Collector`: whether ``("collector", "traj_ids")`` numbers the episodes.
+        reset_at_each_iter: Whether each collection starts new episodes.
+        postproc: Applied to each TensorDict before it is yielded.
+        compile: Whether to compile. Eager steps are faster than `Collector`'s, too, and start at once.
+        cudagraph: Whether to capture; None does so where the environment is on a GPU and ``compile`` is on.
+
+    Raises:
+        TypeError: If the environment does not offer what `PureEnv` lists.
+        ValueError: If a number is out of range, or a CUDA graph is asked for without a GPU.
+
+    Example:
+        >>> from fp8rl_torchrl.envs import CustomEnv
+        >>> collector = FusedCollector(CustomEnv(num_envs=4, seed=0), frames_per_batch=32, compile=False)
+        >>> next(iter(collector))["next", "reward"].shape
+        torch.Size([4, 8, 1])
+    """
+
+    def __init__(
+        self,
+        create_env_fn: EnvBase | Callable[[], EnvBase],
+        policy: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        *,
+        frames_per_batch: int,
+        total_frames: int = -1,
+        exploration_type: ExplorationType = ExplorationType.RANDOM,
+        track_traj_ids: bool = True,
+        reset_at_each_iter: bool = False,
+        postproc: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        compile: bool = True,
+        cudagraph: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.env: Any = create_env_fn if isinstance(create_env_fn, EnvBase) else create_env_fn()
+        refuse_impure(self.env)
+        count, on_gpu = self.env.batch_size.numel(), self.env.device is not None and self.env.device.type == "cuda"
+        if frames_per_batch < 1 or frames_per_batch % count:
+            raise ValueError(f"frames_per_batch must be a multiple of the {count} environments; got {frames_per_batch}")
+        if total_frames != -1 and total_frames < 1:
+            raise ValueError(f"total_frames must be >= 1, or -1 for no end; got {total_frames}")
+        if cudagraph and not on_gpu:
+            raise ValueError(f"cudagraph=True needs an environment on a GPU; this one is on {self.env.device}")
+        self.policy = policy
+        self.steps = frames_per_batch // count
+        self.frames_per_batch = self.requested_frames_per_batch = frames_per_batch
+        self.total_frames = total_frames if total_frames != -1 else 2**63 - 1
+        self.exploration_type, self.track_traj_ids = exploration_type, track_traj_ids
+        self.reset_at_each_iter, self.postproc = reset_at_each_iter, postproc
+        self.compiled, self.captured = compile, (on_gpu and compile) if cudagraph is None else cudagraph
+        self._frames, self._iter = 0, -1
+        self._next_traj_id = count
+        self._carrier: TensorDictBase = self.env.reset()
+        if track_traj_ids:
+            traj_ids = torch.arange(count, device=self.env.device).reshape(self.env.batch_size)
+            self._carrier.set(("collector", "traj_ids"), traj_ids)
+        # A code object of its own: what one collector has compiled does not count towards the limit of another.
+        block = types.MethodType(_own_code(FusedCollector._block), self)
+        # Random numbers from torch's generator, as in eager mode, and not from the compiler's own.
+        options = {"fallback_random": True}
+        self._run_block = torch.compile(block, fullgraph=True, options=options) if compile else block
+        self._run = CudaGraphModule(self._collect) if self.captured else self._collect
+
+    def iterator(self) -> Iterator[TensorDictBase]:
+        """Yield TensorDicts ``[N, T]`` until ``total_frames`` are collected."""
+        while self._frames < self.total_frames:
+            self._iter += 1
+            rollout = self.rollout()
+            self._frames += rollout.numel()
+            yield rollout if self.postproc is None else self.postproc(rollout)
+
+    @torch.no_grad()
+    def rollout(self) -> TensorDictBase:
+        """Collect once: a TensorDict ``[N, T]`` that shares no memory with any other."""
+        carrier, env = self._carrier, self.env
+        if self.reset_at_each_iter:
+            self._restart()
+            carrier = self._carrier
+        with set_exploration_type(self.exploration_type):
+            state, observation, columns = self._run(tuple(env.read(carrier)), carrier.get("observation"))
+        state = self._state(state)
+        running = torch.zeros(env.batch_size, dtype=torch.bool, device=env.device)
+        self._carrier = env.write(state, observation, running, running)
+        if self.track_traj_ids:
+            columns["collector", "traj_ids"] = self._number(carrier, columns["next", "done"].squeeze(-1))
+        return _as_tensordict(columns, env.batch_size)
+
+    def _state(self, fields: tuple[torch.Tensor, ...]) -> Any:
+        return type(self.env.read(self._carrier))(*fields)
+
+    def _collect(
+        self, state: tuple[torch.Tensor, ...], observation: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, dict[Any, torch.Tensor]]:
+        blocks: list[dict[Any, torch.Tensor]] = []
+        for done in range(0, self.steps, BLOCK):
+            state, observation, columns = self._run_block(state, observation, min(BLOCK, self.steps - done))
+            blocks.append(columns)
+        if len(blocks) == 1:
+            return state, observation, blocks[0]
+        return state, observation, {key: torch.cat([block[key] for block in blocks]) for key in blocks[0]}
+
+    def _block(
+        self, state: Any, observation: torch.Tensor, steps: int
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, dict[Any, torch.Tensor]]:
+        """Some steps as plain tensors: the state and the observation after them, and what is stored, ``[steps, N]``."""
+        env, before, chosen = self.env, [], []
+        running = torch.zeros(env.batch_size, dtype=torch.bool, device=env.device)
+
+        def act(state: Any, observation: torch.Tensor) -> torch.Tensor:
+            before.append(env.entries(state, observation, running, running))
+            chosen.append(self._act(before[-1]))
+            return chosen[-1]["action"]
+
+        state, observation, transitions = unrolled(env, self._state(state), observation, act, steps)
+        rows = []
+        for root, written, (ended, last, reward, terminated, truncated) in zip(
+            before, chosen, transitions, strict=True
+        ):
+            following = env.entries(ended, last, terminated, truncated) | {"reward": reward.unsqueeze(-1)}
+            next_ = {("next", *((key,) if isinstance(key, str) else key)): each for key, each in following.items()}
+            rows.append({**root, **written, **next_})
+        return tuple(state), observation, {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+    def _act(self, root: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+        """What the policy writes, by key; what it keeps to itself begins with an underscore."""
+        batch_size = self.env.batch_size
+        if self.policy is None:
+            return {"action": self.env.action_spec.rand()}
+        seen = {key: root[key] for key in getattr(self.policy, "in_keys", root)}
+        written = self.policy(TensorDict(seen, batch_size=batch_size, device=self.env.device))
+        keys = [key for key in written.keys(True, True) if key not in seen and not _is_private(key)]
+        return {key: written.get(key) for key in keys}
+
+    def _number(self, carrier: TensorDictBase, done: torch.Tensor) -> torch.Tensor:
+        """The number of the episode of each step ``[T, N]``; new ones are numbered in the order in which they began."""
+        ends = done.flatten().long().cumsum(0)
+        begun = torch.where(done, (ends + (self._next_traj_id - 1)).reshape(done.shape), -1)
+        numbers = torch.cat((carrier.get(("collector", "traj_ids")).unsqueeze(0), begun)).cummax(0).values
+        self._next_traj_id = self._next_traj_id + ends[-1]
+        self._carrier.set(("collector", "traj_ids"), numbers[-1].clone())
+        return numbers[:-1]
+
+    def _restart(self) -> None:
+        numbers = self._carrier.get("collector", None)
+        self._carrier = self.env.reset()
+        if numbers is not None:
+            count = self.env.batch_size.numel()
+            fresh = torch.arange(count, device=self.env.device).reshape(self.env.batch_size)
+            self._carrier.set(("collector", "traj_ids"), fresh + self._next_traj_id)
+            self._next_traj_id = self._next_traj_id + count
+
+    def set_seed(self, seed: int, static_seed: bool = False) -> int:
+        """Seed the environment: as with `Collector`, running episodes end as they began, the next ones are new.
+
+        Returns:
+            A seed for what comes next, as `torchrl.envs.EnvBase.set_seed` gives it.
+        """
+        following = self.env.set_seed(seed, static_seed=static_seed)
+        state: Any = self._carrier.get("state")
+        fresh = self.env.fresh(seed=seed).reset().get("state")
+        for name in ("seed", "index"):
+            state.set(name, fresh.get(name))
+        state.set("episode", fresh.get("episode") - 1)
+        return following
+
+    def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
+        """Close the environment."""
+        if close_env and not self.env.is_closed:
+            self.env.close(raise_if_closed=raise_on_error)
+
+    def update_policy_weights_(self, policy_or_weights: Any = None, **kwargs: Any) -> None:
+        """Copy weights into the policy.
+
+        Args:
+            policy_or_weights: A module, or its weights as a TensorDict; None changes nothing, since a policy that
+                shares its parameters with the learner is always up to date.
+            **kwargs: Of other collectors; not used.
+
+        Raises:
+            TypeError: If the policy is not a module.
+        """
+        if policy_or_weights is None:
+            return
+        if not isinstance(self.policy, torch.nn.Module):
+            raise TypeError(f"a policy of type {type(self.policy).__name__} has no weights to update")
+        given = policy_or_weights
+        weights = TensorDict.from_module(given) if isinstance(given, torch.nn.Module) else given
+        TensorDict.from_module(self.policy).data.update_(weights.data)
+
+    def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The counters and the live step, from which another collector continues exactly."""
+        live = self._carrier.clone().to_dict()
+        return {"frames": self._frames, "iter": self._iter, "next_traj_id": int(self._next_traj_id), "live_step": live}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Restore what `state_dict` returned."""
+        self._frames, self._iter = state_dict["frames"], state_dict["iter"]
+        self._next_traj_id = state_dict["next_traj_id"]
+        batch_size, device = self.env.batch_size, self.env.device
+        self._carrier = TensorDict(state_dict["live_step"], batch_size=batch_size).clone().to(device)
+
+
+def refuse_impure(env: EnvBase) -> None:
+    """Refuse an environment that cannot be fused.
+
+    Raises:
+        TypeError: If it does not offer what `PureEnv` lists, naming what is missing.
+    """
+    if missing := [name for name in PURE if not callable(getattr(type(env), name, None) or vars(env).get(name))]:
+        raise TypeError(
+            f"{type(env).__name__} cannot be fused: it does not offer {', '.join(missing)}. Collect with "
+            "torchrl.collectors.Collector, or write it as a fp8rl_torchrl.envs.NativeEnv"
+        )
+
+
+def _is_private(key: Any) -> bool:
+    return any(name.startswith("_") for name in ([key] if isinstance(key, str) else key))
+
+
+def _own_code(function: Callable[..., Any]) -> types.FunctionType:
+    assert isinstance(function, types.FunctionType)
+    copied = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+def _as_tensordict(columns: Mapping[Any, torch.Tensor], batch_size: torch.Size) -> TensorDict:
+    """Columns ``[T, N, ...]`` as a TensorDict ``[N, T]``, each a view."""
+    steps = next(iter(columns.values())).shape[0]
+    shape = torch.Size((*batch_size, steps))
+    tree: dict[str, Any] = {}
+    for key, column in columns.items():
+        *parents, name = (key,) if isinstance(key, str) else key
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[name] = column.movedim(0, len(batch_size))
+    return _branch(tree, shape)
+
+
+def _branch(tree: Mapping[str, Any], shape: torch.Size) -> TensorDict:
+    entries = {name: _branch(value, shape) if isinstance(value, dict) else value for name, value in tree.items()}
+    return TensorDict._new_unsafe(entries, batch_size=shape, names=[*[None] * (len(shape) - 1), "time"])

@@ -1,0 +1,38 @@
+"""A categorical distribution that costs one uniform number to sample, and no gather to differentiate."""
+
+from __future__ import annotations
+
+import torch
+from torch import distributions
+
+
+class Categorical(distributions.Categorical):
+    """`torch.distributions.Categorical`, sampled by inverting its cumulative distribution.
+
+    ``multinomial`` draws and divides by as many random numbers as there are outcomes and reads the probabilities on
+    the host to check them. Here a sample is the number of outcomes but the last whose cumulative probability does not
+    exceed one uniform number, and the log-probability of an outcome is picked by comparison, which a compiler
+    vectorises, forward and backward, where a gather is scalar and its backward a scatter.
+
+    Arguments and results are those of the parent class; ``logits`` are float32 ``[..., n]``, a sample is int64
+    ``[...]``.
+    """
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> torch.Tensor:  # noqa: B008 (the parent's signature)
+        """Draw int64 ``[*sample_shape, ...]``, without gradient."""
+        with torch.no_grad():
+            below = self.probs.cumsum(-1)[..., :-1]
+            shape = self._extended_shape(sample_shape)
+            noise = torch.rand(shape, dtype=below.dtype, device=below.device)
+            return (noise.unsqueeze(-1) >= below).sum(-1)
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        """The log-probability, float32 ``[...]``, of outcomes ``[...]``; -inf of a value that is no outcome."""
+        outcomes = torch.arange(self._num_events, device=value.device)
+        chosen = outcomes == value.unsqueeze(-1)
+        log_prob = torch.where(chosen, self.logits, 0.0).sum(-1)
+        return torch.where(chosen.any(-1), log_prob, -torch.inf)
+
+    def entropy(self) -> torch.Tensor:
+        """The entropy in nats, float32 ``[...]``."""
+        return -(self.probs * self.logits.clamp(min=torch.finfo(self.logits.dtype).min)).sum(-1)
