@@ -113,7 +113,7 @@ def _pick(field: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
 
 
 def _where(done: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    return torch.where(done.reshape(*done.shape, *[1] * (old.ndim - done.ndim)), new, old)
+    return torch.where(done.reshape((*done.shape, *[1] * (old.ndim - done.ndim))), new, old)
 
 
 class FusedCollector(BaseCollector):
@@ -179,7 +179,7 @@ class FusedCollector(BaseCollector):
         self.policy = policy
         self.steps = frames_per_batch // count
         self.frames_per_batch = self.requested_frames_per_batch = frames_per_batch
-        self.total_frames = total_frames if total_frames != -1 else 2**63 - 1
+        self.total_frames = total_frames
         self.exploration_type, self.track_traj_ids = exploration_type, track_traj_ids
         self.reset_at_each_iter, self.postproc = reset_at_each_iter, postproc
         self.compiled, self.captured = compile, (on_gpu and compile) if cudagraph is None else cudagraph
@@ -198,11 +198,17 @@ class FusedCollector(BaseCollector):
 
     def iterator(self) -> Iterator[TensorDictBase]:
         """Yield TensorDicts ``[N, T]`` until ``total_frames`` are collected."""
-        while self._frames < self.total_frames:
+        while self.total_frames == -1 or self._frames < self.total_frames:
             self._iter += 1
+            if self.pre_collect_hook is not None:
+                self.pre_collect_hook()
             rollout = self.rollout()
             self._frames += rollout.numel()
-            yield rollout if self.postproc is None else self.postproc(rollout)
+            if self.postproc is not None:
+                rollout = self.postproc(rollout)
+            if self.post_collect_hook is not None:
+                self.post_collect_hook(rollout)
+            yield rollout
 
     @torch.no_grad()
     def rollout(self) -> TensorDictBase:
@@ -276,9 +282,12 @@ class FusedCollector(BaseCollector):
         return numbers[:-1]
 
     def _restart(self) -> None:
-        numbers = self._carrier.get("collector", None)
-        self._carrier = self.env.reset()
-        if numbers is not None:
+        # Of the collector's own state: the environment has not seen the episodes that ended since it was reset.
+        state, env = self.env.read(self._carrier), self.env
+        start = env.pure_reset(state.seed, state.index, state.episode + 1)
+        running = torch.zeros(env.batch_size, dtype=torch.bool, device=env.device)
+        self._carrier = env.write(start, env.observe(start), running, running)
+        if self.track_traj_ids:
             count = self.env.batch_size.numel()
             fresh = torch.arange(count, device=self.env.device).reshape(self.env.batch_size)
             self._carrier.set(("collector", "traj_ids"), fresh + self._next_traj_id)
@@ -291,11 +300,10 @@ class FusedCollector(BaseCollector):
             A seed for what comes next, as `torchrl.envs.EnvBase.set_seed` gives it.
         """
         following = self.env.set_seed(seed, static_seed=static_seed)
-        state: Any = self._carrier.get("state")
-        fresh = self.env.fresh(seed=seed).reset().get("state")
-        for name in ("seed", "index"):
-            state.set(name, fresh.get(name))
-        state.set("episode", fresh.get("episode") - 1)
+        fresh, carrier = self.env.read(self.env.reset()), self._carrier
+        state = self.env.read(carrier)._replace(seed=fresh.seed, index=fresh.index, episode=fresh.episode - 1)
+        running = torch.zeros(self.env.batch_size, dtype=torch.bool, device=self.env.device)
+        carrier.update(self.env.write(state, carrier.get("observation"), running, running))
         return following
 
     def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
@@ -303,24 +311,34 @@ class FusedCollector(BaseCollector):
         if close_env and not self.env.is_closed:
             self.env.close(raise_if_closed=raise_on_error)
 
-    def update_policy_weights_(self, policy_or_weights: Any = None, **kwargs: Any) -> None:
+    def update_policy_weights_(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, policy_or_weights: Any = None, *, weights: Any = None, policy: Any = None
+    ) -> None:
         """Copy weights into the policy.
 
         Args:
             policy_or_weights: A module, or its weights as a TensorDict; None changes nothing, since a policy that
                 shares its parameters with the learner is always up to date.
-            **kwargs: Of other collectors; not used.
+            weights: The same by another name, as TorchRL's collectors take it.
+            policy: The same by another name.
 
         Raises:
-            TypeError: If the policy is not a module.
+            TypeError: If the policy is not a module, or what is given is neither a module nor a TensorDict.
+            ValueError: If weights are given under more than one name.
         """
-        if policy_or_weights is None:
+        named = {"policy_or_weights": policy_or_weights, "weights": weights, "policy": policy}
+        given = {name: value for name, value in named.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"the weights are given more than once, as {' and '.join(given)}")
+        if not given:
             return
         if not isinstance(self.policy, torch.nn.Module):
             raise TypeError(f"a policy of type {type(self.policy).__name__} has no weights to update")
-        given = policy_or_weights
-        weights = TensorDict.from_module(given) if isinstance(given, torch.nn.Module) else given
-        TensorDict.from_module(self.policy).data.update_(weights.data)
+        (new,) = given.values()
+        new = TensorDict.from_module(new) if isinstance(new, torch.nn.Module) else new
+        if not isinstance(new, TensorDictBase):
+            raise TypeError(f"weights come as a module or as TensorDict.from_module(module); got {type(new).__name__}")
+        TensorDict.from_module(self.policy).data.update_(new.data)
 
     def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The counters and the live step, from which another collector continues exactly."""
@@ -329,10 +347,10 @@ class FusedCollector(BaseCollector):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Restore what `state_dict` returned."""
-        self._frames, self._iter = state_dict["frames"], state_dict["iter"]
-        self._next_traj_id = state_dict["next_traj_id"]
         batch_size, device = self.env.batch_size, self.env.device
         self._carrier = TensorDict(state_dict["live_step"], batch_size=batch_size).clone().to(device)
+        self._frames, self._iter = state_dict["frames"], state_dict["iter"]
+        self._next_traj_id = state_dict["next_traj_id"]
 
 
 def refuse_impure(env: EnvBase) -> None:

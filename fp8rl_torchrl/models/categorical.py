@@ -21,13 +21,21 @@ class Categorical(distributions.Categorical):
     def sample(self, sample_shape: torch.Size = torch.Size()) -> torch.Tensor:  # noqa: B008 (the parent's signature)
         """Draw int64 ``[*sample_shape, ...]``, without gradient."""
         with torch.no_grad():
-            below = self.probs.cumsum(-1)[..., :-1]
+            cumulative = self.probs.cumsum(-1)
             shape = self._extended_shape(sample_shape)
-            noise = torch.rand(shape, dtype=below.dtype, device=below.device)
-            return (noise.unsqueeze(-1) >= below).sum(-1)
+            noise = torch.rand(shape, dtype=cumulative.dtype, device=cumulative.device)
+            # The sum of all rounds to just below 1 at times; unscaled, noise beyond it would choose the last outcome
+            # even if that is impossible.
+            return (noise.unsqueeze(-1) * cumulative[..., -1:] >= cumulative[..., :-1]).sum(-1)
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
-        """The log-probability, float32 ``[...]``, of outcomes ``[...]``; -inf of a value that is no outcome."""
+        """The log-probability, float32 ``[...]``, of outcomes ``[...]``; -inf of a value that is no outcome.
+
+        Raises:
+            ValueError: If arguments are validated and a value is no outcome.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
         outcomes = torch.arange(self._num_events, device=value.device)
         chosen = outcomes == value.unsqueeze(-1)
         log_prob = torch.where(chosen, self.logits, 0.0).sum(-1)
@@ -35,4 +43,10 @@ class Categorical(distributions.Categorical):
 
     def entropy(self) -> torch.Tensor:
         """The entropy in nats, float32 ``[...]``."""
-        return -(self.probs * self.logits.clamp(min=torch.finfo(self.logits.dtype).min)).sum(-1)
+        # 0 · log 0 is 0. The parent class replaces -inf by the most negative number, whose gradient overflows.
+        return -(self.probs * self.logits.masked_fill(self.logits == -torch.inf, 0.0)).sum(-1)
+
+    @property
+    def deterministic_sample(self) -> torch.Tensor:
+        """The likeliest outcome, int64 ``[...]``: what TorchRL asks for where exploration is off."""
+        return self.mode

@@ -103,7 +103,7 @@ def values_after(
 
 def time_major(rollout: TensorDictBase, *keys: Any) -> list[torch.Tensor]:
     """Entries of a rollout ``[N, T]`` (``[T]`` of a single environment) as tensors ``[T, N, ...]``."""
-    entries = [rollout.get(key) for key in keys]
+    entries = [rollout[key] for key in keys]
     return [entry.unsqueeze(1) if rollout.ndim == 1 else entry.transpose(0, 1) for entry in entries]
 
 

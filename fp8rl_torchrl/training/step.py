@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import CudaGraphModule
 from torch import nn
 from torchrl.objectives.utils import HardUpdate, SoftUpdate, TargetNetUpdater
 from torchrl.trainers import OptimizationStepper
 
 from fp8rl_torchrl.precision.mode import Precision
-from fp8rl_torchrl.training._refusals import fits_precision, float8_must_run, parameters_of, reaches, refuse_shared
+from fp8rl_torchrl.training._gradients import Gradients, add_gradients
+from fp8rl_torchrl.training._refusals import fits_precision, float8_must_run, parameters_of, refuse_shared
+from fp8rl_torchrl.training.flat import FlatParameter, leaves_of
 
 Schedule = Callable[[torch.Tensor], torch.Tensor]
 
@@ -35,13 +37,18 @@ class OptimStep(OptimizationStepper):
             `torchrl.objectives.LossModule`. Its networks should end in FP32
             (`fp8rl_torchrl.models.Float32Head`), so that the arithmetic of the loss is FP32.
         optimizer: One **fused** optimizer (``torch.optim.Adam(..., fused=True)``) for the sum of all losses, or
-            ``{loss_key: optimizer}`` with disjoint parameters, each with a loss scale of its own.
+            ``{loss_key: optimizer}`` with disjoint parameters, each with a loss scale of its own. Fastest is one of a
+            single `fp8rl_torchrl.training.flat.FlatParameter`.
         precision: A `Precision` or its name.
         max_grad_norm: Each optimizer's gradient is clipped to this 2-norm; None leaves it as it is.
         accumulate: The optimizer steps on every ``accumulate``-th call, on the mean of the gradients.
         target_updater: A `torchrl.objectives.SoftUpdate` or ``HardUpdate`` to apply after every update that was not
             skipped; do not call its ``step`` yourself.
         lr_schedule: Maps the number of updates so far (int64 tensor ``[]``) to a factor on every learning rate.
+        compile: Whether the loss and its gradients are compiled, as one graph. The first call runs, and checks, in
+            eager mode; the second one compiles, and so does each new shape of a batch.
+        cudagraph: Whether whole updates are captured as a CUDA graph, after a few calls; the learning rate, the loss
+            scale and all counts stay live. All batches must have one shape.
 
     Attributes:
         updates: int64 ``[]`` on the device, the updates applied so far.
@@ -50,8 +57,9 @@ class OptimStep(OptimizationStepper):
 
     Raises:
         ValueError: If there is no optimizer, one is not fused or cannot skip a step exactly, two of them share a
-            parameter, a parameter is not float32, a number is out of range, or the precision is an fp8 one and the
-            loss has no `Float8Linear` of its recipe (where the loss's networks cannot be seen: on the first call).
+            parameter, a parameter is not float32, a number is out of range, a CUDA graph is asked for on a CPU or with
+            ``accumulate``, or the precision is an fp8 one and the loss has no `Float8Linear` of its recipe (where the
+            loss's networks cannot be seen: on the first call).
         TypeError: If the target updater is neither a ``SoftUpdate`` nor a ``HardUpdate``.
 
     Example:
@@ -74,6 +82,8 @@ class OptimStep(OptimizationStepper):
         accumulate: int = 1,
         target_updater: TargetNetUpdater | None = None,
         lr_schedule: Schedule | None = None,
+        compile: bool = False,
+        cudagraph: bool = False,
     ) -> None:
         self.loss = loss
         self.single = isinstance(optimizer, torch.optim.Optimizer)
@@ -92,7 +102,8 @@ class OptimStep(OptimizationStepper):
         if not self.optimizers:
             raise ValueError("give one optimizer, or {loss_key: optimizer} with an entry for each loss; got none")
         self._parameters = {key: parameters_of(key, each) for key, each in self.optimizers.items()}
-        refuse_shared(self._parameters)
+        leaves = {key: leaves_of(parameters) for key, parameters in self._parameters.items()}
+        refuse_shared(leaves)
         self.device = next(iter(self._parameters.values()))[0].device
         self.scalers = {
             key: torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
@@ -109,9 +120,14 @@ class OptimStep(OptimizationStepper):
         self._base_lr: list[list[torch.Tensor]] = []
         if lr_schedule is not None:
             self._base_lr = [[_lr_tensor(group, self.device) for group in o.param_groups] for o in self._all()]
+        if cudagraph and (self.device.type != "cuda" or accumulate > 1):
+            raise ValueError(f"cudagraph=True needs a GPU and accumulate=1; got {self.device} and {accumulate}")
+        self.compiled, self.captured = compile, cudagraph
+        self._gradients = Gradients(self.precision, self.device, leaves, self.single, accumulate, compile)
+        self._captured = CudaGraphModule(self._compute_and_apply) if cudagraph else None
+        self._one = torch.ones((), device=self.device)
         self._calls = 0
-        self._checked = False
-        self._finite = self._all_finite()
+        self._finite = {key: torch.ones((), dtype=torch.bool, device=self.device) for key in self.optimizers}
         self._last_step: dict[str, torch.Tensor] = {}
         first_scale = self.precision.init_scale if self.precision.scales_loss else 1.0
         for key in self.optimizers:
@@ -143,66 +159,33 @@ class OptimStep(OptimizationStepper):
     def _all(self) -> list[torch.optim.Optimizer]:
         return list(self.optimizers.values())
 
-    def _trainable(self, key: str) -> list[torch.Tensor]:
-        """An optimizer may hold frozen parameters, which can thaw at any time."""
-        return [parameter for parameter in self._parameters[key] if parameter.requires_grad]
-
     def _update(self, batch: TensorDictBase, compute_loss: Callable[[TensorDictBase], TensorDictBase]) -> TensorDict:
+        if self._captured is not None and self._gradients.checked and compute_loss is self.loss:
+            return self._captured(batch)
+        return self._compute_and_apply(batch, compute_loss)
+
+    def _compute_and_apply(
+        self, batch: TensorDictBase, compute_loss: Callable[[TensorDictBase], TensorDictBase] | None = None
+    ) -> TensorDict:
+        if not self._gradients.checked:
+            for parameter in self._flat():
+                parameter.refuse_if_torn()
+        scales = {key: scaler.scale(self._one) for key, scaler in self.scalers.items()}
         # Where the loss's networks could not be seen beforehand, FP8 must be seen to run the first time.
         watched = contextlib.nullcontext() if self._float8_seen else float8_must_run(self.precision)
-        with self.precision.autocast(self.device), watched:
-            outputs = compute_loss(batch)
+        with watched:
+            outputs, finite, gradients = self._gradients(compute_loss or self.loss, batch, scales)
         self._float8_seen = True
-        losses = self._select_losses(outputs)
-        if not self._checked:
-            self._check_once(losses)
-        self._backward(losses)
+        for key, parameters in self._parameters.items():
+            self._finite[key] &= finite[key]
+            add_gradients(parameters, gradients[key])
         self._calls += 1
         if self._calls % self.accumulate == 0:
             self._last_step = self._apply()
-        metrics = {key: value.detach() for key, value in outputs.items()}
-        return TensorDict({**metrics, **self._last_step}, batch_size=[])
+        return TensorDict({**outputs, **self._last_step}, batch_size=[])
 
-    def _select_losses(self, outputs: TensorDictBase) -> dict[str, torch.Tensor]:
-        found = {key: value for key, value in outputs.items() if isinstance(key, str) and key.startswith("loss")}
-        if not found:
-            raise ValueError(f"the loss returned no entry that starts with 'loss', only {sorted(outputs.keys())}")
-        if self.single:
-            return {"loss": sum(found.values())}  # pyright: ignore[reportReturnType]
-        if set(found) != set(self.optimizers):
-            raise ValueError(
-                f"the loss returned {sorted(found)}, but the optimizers are keyed by {sorted(self.optimizers)}: "
-                "give each loss its optimizer, or one optimizer for their sum"
-            )
-        return found
-
-    def _check_once(self, losses: dict[str, torch.Tensor]) -> None:
-        """Refuse, before the first update, losses that reach no parameter or another optimizer's parameters."""
-        for key, loss in losses.items():
-            if loss.dtype != torch.float32:
-                warnings.warn(
-                    f"{key!r} was computed in {loss.dtype}: end the networks in float32 (models.Float32Head) so that "
-                    "log-probabilities, targets and losses keep their precision",
-                    stacklevel=4,
-                )
-            for owner in self.optimizers:
-                reached = reaches(loss, self._trainable(owner))
-                if owner == key and not reached:
-                    raise ValueError(f"{key!r} does not depend on any parameter of its optimizer")
-                if owner != key and reached:
-                    raise ValueError(
-                        f"{key!r} reaches parameters that belong to the optimizer of {owner!r}. Their loss scales can "
-                        "differ, so the gradients must not mix: detach what one loss uses of the other's network, or "
-                        "use a single optimizer for the sum of the losses"
-                    )
-        self._checked = True
-
-    def _backward(self, losses: dict[str, torch.Tensor]) -> None:
-        for place, (key, loss) in enumerate(losses.items()):
-            self._finite[key] &= torch.isfinite(loss.detach())
-            self.scalers[key].scale(loss / self.accumulate).backward(
-                inputs=self._trainable(key), retain_graph=place + 1 < len(losses)
-            )
+    def _flat(self) -> list[FlatParameter]:
+        return [each for parameters in self._parameters.values() for each in parameters if type(each) is FlatParameter]
 
     def _apply(self) -> dict[str, torch.Tensor]:
         metrics: dict[str, torch.Tensor] = {}
@@ -229,11 +212,9 @@ class OptimStep(OptimizationStepper):
         self.updates += applied
         self.skipped_steps += ~applied
         self._update_targets(applied)
-        self._finite = self._all_finite()
+        for finite in self._finite.values():  # in place, as a captured update must leave it
+            finite.fill_(True)
         return metrics
-
-    def _all_finite(self) -> dict[str, torch.Tensor]:
-        return {key: torch.ones((), dtype=torch.bool, device=self.device) for key in self.optimizers}
 
     def _scale_of(self, scaler: Any) -> torch.Tensor:
         # `get_scale` reads the scale on the host; the tensor itself stays on the device.
@@ -286,7 +267,11 @@ class OptimStep(OptimizationStepper):
         self.skipped_steps.copy_(state_dict["skipped_steps"])
         for optimizer in self._all():
             optimizer.zero_grad(set_to_none=True)
-        self._calls, self._finite = 0, self._all_finite()
+        self._calls = 0
+        for parameter in self._flat():
+            parameter.refuse_if_torn()
+        for finite in self._finite.values():
+            finite.fill_(True)
 
 
 def _lr_tensor(group: dict[str, Any], device: torch.device) -> torch.Tensor:
