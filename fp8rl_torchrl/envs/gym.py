@@ -33,6 +33,11 @@ _NATIVE: dict[str, Callable[..., EnvBase]] = {"CustomEnv": CustomEnv, ENV_ID: Cu
 _RESETTABLE = (SyncVectorEnv, AsyncVectorEnv, CustomGymnasiumVectorEnv)
 
 
+def is_native(id: str) -> bool:
+    """Whether `make` has a native environment for an id, pure functions of tensors that can be fused."""
+    return (id.partition(":")[2] if id.startswith("fp8rl_torchrl:") else id) in _NATIVE
+
+
 def make(
     id: str | EnvSpec | gymnasium.Env | VectorEnv,
     num_envs: int | None = None,

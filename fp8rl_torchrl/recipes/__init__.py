@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fp8rl_torchrl.recipes.a2c import A2CConfig, build_a2c
 from fp8rl_torchrl.recipes.actor_critic import ActorCriticConfig, build_actor_critic
+from fp8rl_torchrl.recipes.ppo import PPOConfig, build_ppo
 from fp8rl_torchrl.recipes.wiring import RecipeConfig
 from fp8rl_torchrl.training.loop import Pipeline
 
-__all__ = ["RECIPES", "ActorCriticConfig", "RecipeConfig", "build", "config_class"]
+__all__ = ["RECIPES", "A2CConfig", "ActorCriticConfig", "PPOConfig", "RecipeConfig", "build", "config_class"]
 
 RECIPES: dict[str, tuple[type[RecipeConfig], Callable[[Any], Pipeline]]] = {
     "actor-critic": (ActorCriticConfig, build_actor_critic),
+    "a2c": (A2CConfig, build_a2c),
+    "ppo": (PPOConfig, build_ppo),
 }
 """Each recipe's configuration and builder, by the name that command lines use."""
 

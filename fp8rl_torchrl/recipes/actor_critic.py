@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from fp8rl_torchrl.data.collect import make_collector
 from fp8rl_torchrl.data.replay import replay_buffer
-from fp8rl_torchrl.models.actor_critic import ActorCritic
 from fp8rl_torchrl.objectives.replayed_actor_critic import ReplayedActorCriticLoss
-from fp8rl_torchrl.recipes.wiring import RecipeConfig, seed_everything
+from fp8rl_torchrl.recipes.wiring import RecipeConfig, linear_decay, seed_everything
 from fp8rl_torchrl.training.loop import Pipeline
-from fp8rl_torchrl.training.step import OptimStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +68,9 @@ def build_actor_critic(config: ActorCriticConfig) -> Pipeline:
     config = config.resolved()
     seed_everything(config.seed)
     env = config.make_env()
-    agent = ActorCritic.for_env(env, config.hidden, config.shared)
+    agent = config.make_agent(env, config.shared)
     conversion = config.convert_agent(agent)
-    collector = make_collector(env, config.rollout_policy(agent.policy), config.frames_per_collection)
+    collector = config.make_collector(env, agent.policy)
     replay = replay_buffer(config.replay_size, config.batch_size, config.device)
     loss = ReplayedActorCriticLoss(
         agent,
@@ -85,16 +79,5 @@ def build_actor_critic(config: ActorCriticConfig) -> Pipeline:
         critic_coeff=config.critic_coeff,
         entropy_coeff=config.entropy_coeff,
     )
-    step = OptimStep(
-        loss,
-        torch.optim.Adam(agent.parameters(), lr=config.initial_lr(), fused=True),
-        config.make_precision(),
-        max_grad_norm=config.max_grad_norm,
-        lr_schedule=linear_decay(config.lr_decay_updates, config.lr_final),
-    )
+    step = config.make_step(loss, linear_decay(config.lr_decay_updates, config.lr_final))
     return Pipeline(env, agent, collector, replay, loss, step, config, conversion)
-
-
-def linear_decay(updates: int, final: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A learning-rate factor that falls from 1 to ``final`` over ``updates`` updates, computed on the device."""
-    return lambda done: (1 - (1 - final) * done / updates).clamp(min=final)

@@ -5,21 +5,43 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import random
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
+from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 
-from fp8rl_torchrl.envs.gym import make
+from fp8rl_torchrl.data.collect import make_collector
+from fp8rl_torchrl.data.fused import FusedCollector
+from fp8rl_torchrl.envs.gym import is_native, make
+from fp8rl_torchrl.models.actor_critic import ActorCritic
 from fp8rl_torchrl.precision.convert import ConversionReport, convert
 from fp8rl_torchrl.precision.mode import Precision
 from fp8rl_torchrl.precision.twin import twin
+from fp8rl_torchrl.recipes.choices import choose
+from fp8rl_torchrl.training.flat import FlatParameter
 from fp8rl_torchrl.training.loop import LoopConfig
 from fp8rl_torchrl.training.run import RunSchedule
+from fp8rl_torchrl.training.step import OptimStep
 
 Config = TypeVar("Config", bound="RecipeConfig")
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+
+
+def linear_decay(updates: int, final: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A learning-rate factor that falls from 1 to ``final`` over ``updates`` updates, computed on the device."""
+    return lambda done: (1 - (1 - final) * done / updates).clamp(min=final)
+
+
+def truncations_within(env: EnvBase, steps: int) -> int | None:
+    """How often one environment can be truncated within some steps; None if that is not known."""
+    dynamics: Any = getattr(env, "dynamics", None)
+    return None if dynamics is None else 1 + (steps - 1) // dynamics.limits.max_steps
 
 
 def seed_everything(seed: int) -> None:
@@ -40,7 +62,8 @@ class RecipeConfig(LoopConfig, RunSchedule):
     env: str = "CustomEnv"
     """The task: "CustomEnv", or any Gymnasium id."""
     precision: str = "bf16"
-    """What the loss computes in: fp32, tf32, bf16, fp16, fp8, fp8-tensorwise or fp8-rowwise-gw-hp."""
+    """What the loss computes in: fp32, tf32, bf16, fp16, fp8, fp8-tensorwise or fp8-rowwise-gw-hp; auto takes the one
+    in which an update of this configuration is fastest on this machine, measured once."""
     rollout_precision: str | None = None
     """What the collecting policy computes in. By default fp32; with an fp8 precision, the same as the loss."""
     fp8_base: str = "bf16"
@@ -63,8 +86,17 @@ class RecipeConfig(LoopConfig, RunSchedule):
     """Environments stepped side by side."""
     frames_per_collection: int = 1024
     """Environment steps between two phases of updates, over all environments."""
+    collector: Literal["auto", "torchrl", "fused"] = "auto"
+    """TorchRL's Collector, or many steps as one program, for native environments; auto takes the latter where the run
+    is long enough to repay its compilation."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether the update and a fused collector are compiled; auto does where the run is long enough to repay it."""
+    cudagraph: Literal["auto", "on", "off"] = "auto"
+    """Whether both are captured as CUDA graphs; auto does on a GPU where they are compiled."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the layers of each network."""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """The nonlinearity after each layer; relu is several times cheaper on a CPU."""
     lr: float | None = None
     """Learning rate at the start; by default 1e-3, or 1e-4 where a layer is wider than 64."""
     gamma: float = 0.99
@@ -78,6 +110,10 @@ class RecipeConfig(LoopConfig, RunSchedule):
         """Refuse what cannot be run, before anything is built."""
         LoopConfig.__post_init__(self)
         RunSchedule.__post_init__(self)
+        if self.collector == "fused" and not is_native(self.env):
+            raise ValueError(
+                f"collector='fused' needs an environment of pure functions, and {self.env} has none: use torchrl"
+            )
         precisions = self.make_precision(), self.make_rollout_precision()
         fp8_options = self.fp8_base, self.fp8_backend, self.fp8_skip
         if fp8_options != ("bf16", "auto", ()) and not any(precision.fp8_recipe for precision in precisions):
@@ -120,8 +156,26 @@ class RecipeConfig(LoopConfig, RunSchedule):
             raise ValueError(f"device {self.device!r} cannot be used here: {reason}") from None
         if torch.device(name).type == "cpu" and self.fp8_backend == "native":
             raise ValueError("fp8_backend='native' needs FP8 hardware, and a CPU has none: use auto or emulated")
-        rollout = self.make_rollout_precision().name
-        return dataclasses.replace(self, device=name, lr=self.initial_lr(), rollout_precision=rollout)
+        if torch.device(name).type == "cpu" and self.cudagraph == "on":
+            raise ValueError("cudagraph='on' needs a GPU; use auto or off")
+        resolved = dataclasses.replace(self, device=name, lr=self.initial_lr(), **self.chosen(name)[0])
+        return dataclasses.replace(resolved, rollout_precision=resolved.make_rollout_precision().name)
+
+    def chosen(self, device: str) -> tuple[dict[str, str], list[str]]:
+        """What ``auto`` stands for in ``collector``, ``compile`` and ``cudagraph``, and why, in a sentence each."""
+        return choose(
+            {name: getattr(self, name) for name in ("collector", "compile", "cudagraph")},
+            native=is_native(self.env),
+            device=device,
+            collections=self._collections(),
+            steps=self.frames_per_collection // self.num_envs,
+            updates=self.updates_per_collection,
+        )
+
+    def _collections(self) -> int:
+        """About how many collections the run has; an episode is taken to last 100 steps."""
+        frames = self.total_frames or self.episodes * 100
+        return -(-frames // self.frames_per_collection)
 
     def initial_lr(self) -> float:
         """The learning rate at the start."""
@@ -140,6 +194,8 @@ class RecipeConfig(LoopConfig, RunSchedule):
         )
 
     def _precision(self, name: str) -> Precision:
+        if name == "auto":  # what it stands for is known once it is resolved
+            name = "fp32"
         precision = Precision(name, init_scale=self.init_scale, growth_interval=self.growth_interval)
         if precision.fp8_recipe is None:
             return precision
@@ -166,6 +222,35 @@ class RecipeConfig(LoopConfig, RunSchedule):
     def make_env(self) -> EnvBase:
         """The training environment."""
         return make(self.env, num_envs=self.num_envs, device=self.device, seed=self.seed)
+
+    def make_agent(self, env: EnvBase, shared: bool = True) -> ActorCritic:
+        """The networks, not yet converted."""
+        return ActorCritic.for_env(env, self.hidden, shared, activation=ACTIVATIONS[self.activation])
+
+    def make_collector(self, env: EnvBase, policy: Any) -> BaseCollector:
+        """The collector that the (resolved) configuration names, on a policy in the rollout's precision."""
+        policy = self.rollout_policy(policy)
+        if self.collector == "torchrl":
+            return make_collector(env, policy, self.frames_per_collection)
+        return FusedCollector(
+            env,
+            policy,
+            frames_per_batch=self.frames_per_collection,
+            compile=self.compile == "on",
+            cudagraph=self.cudagraph == "on",
+        )
+
+    def make_step(self, loss: nn.Module, lr_schedule: Callable[[torch.Tensor], torch.Tensor] | None) -> OptimStep:
+        """The update: Adam on all parameters of a loss as one, in the learner's precision."""
+        return OptimStep(
+            loss,
+            torch.optim.Adam([FlatParameter(loss.parameters())], lr=self.initial_lr(), fused=True),
+            self.make_precision(),
+            max_grad_norm=self.max_grad_norm,
+            lr_schedule=lr_schedule,
+            compile=self.compile == "on",
+            cudagraph=self.cudagraph == "on",
+        )
 
     def default_run_dir(self) -> str:
         """``runs/<algo>-<env>-<precision>-s<seed>-<time>``."""

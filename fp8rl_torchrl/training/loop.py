@@ -20,6 +20,8 @@ from fp8rl_torchrl.training.rollout_gap import rollout_gap
 from fp8rl_torchrl.training.step import OptimStep
 
 RECENT_EPISODES = 100
+SAMPLED_TOGETHER = 32
+"""Batches that a replay buffer gathers at once, where it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class LoopConfig:
     def __post_init__(self) -> None:
         """Refuse budgets that cannot be met."""
         for name in ("episodes", "updates_per_collection", "min_replay"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
         if self.total_frames is not None and self.total_frames < 1:
             raise ValueError(f"total_frames must be >= 1; got {self.total_frames}")
@@ -93,11 +95,13 @@ class Pipeline:
         env: The environment that the collector steps.
         agent: The networks, shared by the collector's policy and the loss.
         collector: Yields TensorDicts ``[N, T]`` of experience without end; iterating it advances ``env``.
-        replay: Stores what the loss reads (its ``in_keys``) and draws the batches.
+        replay: Stores what the loss reads (its ``in_keys``) and draws the batches; None hands each collection to the
+            step as it is, once.
         loss: Computes the losses of a batch.
         step: Performs one update.
         config: Budget and pace: a `LoopConfig`, or a recipe's config.
         conversion: What `fp8rl_torchrl.convert` did to the agent, for the record.
+        prepare: Completes each collection before it is stored, with advantages for instance.
 
     Attributes:
         frames: Environment steps so far.
@@ -110,15 +114,16 @@ class Pipeline:
         env: EnvBase,
         agent: Agent,
         collector: BaseCollector,
-        replay: TensorDictReplayBuffer,
+        replay: TensorDictReplayBuffer | None,
         loss: LossModule,
         step: OptimStep,
         config: LoopConfig,
         conversion: ConversionReport | None = None,
+        prepare: Callable[[TensorDictBase], TensorDictBase] | None = None,
     ) -> None:
         self.env, self.agent, self.collector, self.replay = env, agent, collector, replay
         self.loss, self.step, self.config = loss, step, config
-        self.conversion = conversion
+        self.conversion, self.prepare = conversion, prepare
         self.frames = 0
         self.episodes = 0
         self.seconds = 0.0
@@ -142,16 +147,37 @@ class Pipeline:
         while not self.finished:
             started = time.perf_counter()
             rollout = next(experience)
-            self.replay.extend(rollout.select(*self.loss.in_keys).reshape(-1))
-            updates, gap = [], {}
-            if len(self.replay) >= self.config.min_replay:
-                gap = rollout_gap(getattr(self.agent, "policy", None), rollout, self.step.precision)
-                updates = [self.step(self.replay.sample()) for _ in range(self.config.updates_per_collection)]
+            gap = self._rollout_gap(rollout)
+            updates = [self.step(batch) for batch in self._batches(rollout)]
             self.frames += rollout.numel()
             returns = self._note_episodes(rollout)
-            metrics = _mean_over_applied(updates) | gap
+            metrics = _mean_over_applied(updates) | gap if updates else {}
             self.seconds += time.perf_counter() - started
             yield self._report(returns, metrics)
+
+    def _rollout_gap(self, rollout: TensorDictBase) -> dict[str, float]:
+        # A loss that sees whole collections, once, measures it on its way.
+        if "rollout_kl" in getattr(self.loss, "out_keys", ()):
+            return {}
+        return rollout_gap(getattr(self.agent, "policy", None), rollout, self.step.precision)
+
+    def _batches(self, rollout: TensorDictBase) -> Iterator[TensorDictBase]:
+        """What the updates after a collection learn from."""
+        if self.prepare is not None:
+            rollout = self.prepare(rollout)
+        rollout = rollout.select(*self.loss.in_keys)
+        if self.replay is None:
+            yield rollout
+            return
+        self.replay.extend(rollout.reshape(-1))
+        if len(self.replay) < self.config.min_replay:
+            return
+        remaining = self.config.updates_per_collection
+        while remaining:
+            count = min(remaining, SAMPLED_TOGETHER)
+            sample_many: Any = getattr(self.replay, "sample_many", None)
+            yield from [self.replay.sample() for _ in range(count)] if sample_many is None else sample_many(count)
+            remaining -= count
 
     def _note_episodes(self, rollout: TensorDictBase) -> tuple[float, ...]:
         following = rollout.get("next")
@@ -194,10 +220,8 @@ class Pipeline:
 
 def _mean_over_applied(updates: list[TensorDict]) -> dict[str, float]:
     """Average each metric over the updates that were applied, reading the device once."""
-    if not updates:  # learning has not started
-        return {}
     names = sorted(str(key) for key in updates[-1].keys())
-    table = torch.stack([torch.stack([update[name].float() for name in names]) for update in updates])
+    table = torch.stack([update.get(name).float() for update in updates for name in names]).reshape(-1, len(names))
     skipped = [place for place, name in enumerate(names) if name.startswith("skipped")]
     applied = table[:, skipped].sum(-1) == 0
     kept = table.where(applied.unsqueeze(-1), table.new_tensor(float("nan")))
