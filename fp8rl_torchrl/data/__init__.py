@@ -1,11 +1,13 @@
 """Collecting and storing experience."""
 
 from fp8rl_torchrl.data.collect import CollectorState, make_collector, restores_exactly
+from fp8rl_torchrl.data.fused import FusedCollector
 from fp8rl_torchrl.data.packed import PackedReplayBuffer, PackedStorage
 from fp8rl_torchrl.data.replay import replay_buffer, rollout_buffer
 
 __all__ = [
     "CollectorState",
+    "FusedCollector",
     "PackedReplayBuffer",
     "PackedStorage",
     "make_collector",

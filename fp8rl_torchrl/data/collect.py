@@ -13,6 +13,8 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 
+from fp8rl_torchrl.data.fused import FusedCollector
+
 
 def make_collector(
     env: EnvBase, policy: Callable[[TensorDictBase], TensorDictBase], frames_per_batch: int
@@ -44,10 +46,10 @@ class CollectorState:
 
     `Collector.state_dict` leaves out the live step from which the next collection starts. Here it is saved with the
     counters, for environments that declare ``stateless = True``. Other environments keep state that nobody can read:
-    their collector restores its counters and starts fresh episodes.
+    their collector restores its counters and starts fresh episodes. A `FusedCollector` saves all of this itself.
 
     Args:
-        collector: The `torchrl.collectors.Collector` to save and restore.
+        collector: The `torchrl.collectors.Collector` or `FusedCollector` to save and restore.
     """
 
     def __init__(self, collector: Any) -> None:
@@ -56,6 +58,8 @@ class CollectorState:
     def state_dict(self) -> dict[str, Any]:
         """The counters and, where the environment allows it, the live step (a nested dict of tensors)."""
         collector = self.collector
+        if isinstance(collector, FusedCollector):
+            return collector.state_dict()
         state: dict[str, Any] = {"frames": collector._frames, "iter": collector._iter}
         if collector.track_traj_ids:
             state["traj_pool"] = collector._traj_pool.state_dict()
@@ -66,6 +70,9 @@ class CollectorState:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; without a live step the next collection starts fresh episodes."""
         collector = self.collector
+        if isinstance(collector, FusedCollector):
+            collector.load_state_dict(state_dict)
+            return
         collector._frames, collector._iter = state_dict["frames"], state_dict["iter"]
         if collector.track_traj_ids:
             collector._traj_pool.load_state_dict(state_dict["traj_pool"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -13,107 +13,10 @@ from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from fp8rl_torchrl.data.pure import random_action, refuse_impure, unrolled
+
 BLOCK = 8
 """Steps that are compiled together: more take longer to compile, fewer make more calls."""
-
-PURE = ("pure_step", "pure_reset", "observe", "read", "write", "entries")
-
-
-class PureEnv(Protocol):
-    """What a `FusedCollector` needs of an environment besides `EnvBase`; `fp8rl_torchrl.envs.NativeEnv` offers it.
-
-    A state is a NamedTuple of tensors ``[N, ...]`` with, among others, the int64 counters ``seed``, ``index`` and
-    ``episode``. The first three are pure functions of tensors: no generator, no read of a value by the host.
-    """
-
-    def pure_step(
-        self, state: Any, action: torch.Tensor
-    ) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The next state, the next observation, the reward (float32 ``[N]``), ``terminated``, ``truncated``."""
-        ...
-
-    def pure_reset(self, seed: torch.Tensor, index: torch.Tensor, episode: torch.Tensor) -> Any:
-        """The state at the start of an episode."""
-        ...
-
-    def observe(self, state: Any) -> torch.Tensor:
-        """The observation ``[N, ...]`` of a state."""
-        ...
-
-    def read(self, tensordict: TensorDictBase) -> Any:
-        """The state that a TensorDict carries."""
-        ...
-
-    def write(
-        self, state: Any, observation: torch.Tensor, terminated: torch.Tensor, truncated: torch.Tensor
-    ) -> TensorDict:
-        """The TensorDict that carries a state: what a reset returns, and a step next to its reward."""
-        ...
-
-    def entries(
-        self, state: Any, observation: torch.Tensor, terminated: torch.Tensor, truncated: torch.Tensor
-    ) -> dict[Any, torch.Tensor]:
-        """What ``write`` puts into a TensorDict, by key; may share memory with the state."""
-        ...
-
-
-def unrolled(
-    env: PureEnv, state: Any, observation: torch.Tensor, act: Callable[[Any, torch.Tensor], torch.Tensor], steps: int
-) -> tuple[Any, torch.Tensor, list[tuple[Any, ...]]]:
-    """Some steps of every environment; those whose episode ends start the next one.
-
-    Args:
-        env: The environment.
-        state: The state before the first step, each field ``[N, ...]``.
-        observation: The observation of that state.
-        act: Maps a state and its observation to actions.
-        steps: How many.
-
-    Returns:
-        The state and the observation after the steps and their resets, and what `PureEnv.pure_step` returned in each.
-    """
-    transitions = []
-    looks = state.episode.device.type == "cpu" and not torch.compiler.is_compiling()  # reading a value costs nothing
-    starts = None if looks else _starts(env, state, steps)
-    resets = torch.zeros_like(state.episode)
-    for _ in range(steps):
-        transition = env.pure_step(state, act(state, observation))
-        transitions.append(transition)
-        state, observation, _, terminated, truncated = transition
-        done = terminated | truncated
-        if starts is None:
-            if not done.any():
-                continue
-            start: Any = env.pure_reset(state.seed, state.index, state.episode + 1)
-        else:
-            start = type(state)(*(_pick(field, resets) for field in starts))
-            resets = resets + done
-        observation = _where(done, env.observe(start), observation)
-        state = type(state)(*(_where(done, new, old) for new, old in zip(start, state, strict=True)))
-        if starts is not None:  # what never changes needs no choice
-            state = state._replace(seed=transition[0].seed, index=transition[0].index)
-    return state, observation, transitions
-
-
-def _starts(env: PureEnv, state: Any, steps: int) -> Any:
-    """The starts of the episodes after the running ones, each field ``[steps, N, ...]``: more can not begin.
-
-    In a compiled block these are one computation beforehand, and a reset is a look into this table. Hashing in every
-    step would take minutes to compile.
-    """
-    episode = state.episode
-    ahead = torch.arange(1, steps + 1, device=episode.device).reshape(-1, *[1] * episode.ndim) + episode
-    return env.pure_reset(state.seed.expand_as(ahead), state.index.expand_as(ahead), ahead)
-
-
-def _pick(field: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """``field[row[n], n]`` of a field ``[steps, N, ...]``."""
-    row = row.reshape(1, *row.shape, *[1] * (field.ndim - 1 - row.ndim)).expand(1, *field.shape[1:])
-    return field.gather(0, row).squeeze(0)
-
-
-def _where(done: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    return torch.where(done.reshape((*done.shape, *[1] * (old.ndim - done.ndim))), new, old)
 
 
 class FusedCollector(BaseCollector):
@@ -129,8 +32,9 @@ class FusedCollector(BaseCollector):
     but are not the same.
 
     Args:
-        create_env_fn: The environment, or a function that makes one. It needs what `PureEnv` lists, as
-            `fp8rl_torchrl.envs.CustomEnv` has it. The collector keeps the state; the environment itself is only reset.
+        create_env_fn: The environment, or a function that makes one. It needs what `fp8rl_torchrl.data.pure.PureEnv`
+            lists, as `fp8rl_torchrl.envs.CustomEnv` has it. The collector keeps the state; the environment itself is
+            only reset.
         policy: Writes ``action`` into a TensorDict, and whatever else of it is to be stored; None draws random actions.
         frames_per_batch: Environment steps in each TensorDict ``[N, T]``, over all environments.
         total_frames: When to stop; -1 never does.
@@ -159,7 +63,7 @@ class FusedCollector(BaseCollector):
         *,
         frames_per_batch: int,
         total_frames: int = -1,
-        exploration_type: ExplorationType = ExplorationType.RANDOM,
+        exploration_type: ExplorationType = ExplorationType.RANDOM,  # pyright: ignore[reportArgumentType]
         track_traj_ids: bool = True,
         reset_at_each_iter: bool = False,
         postproc: Callable[[TensorDictBase], TensorDictBase] | None = None,
@@ -184,17 +88,16 @@ class FusedCollector(BaseCollector):
         self.reset_at_each_iter, self.postproc = reset_at_each_iter, postproc
         self.compiled, self.captured = compile, (on_gpu and compile) if cudagraph is None else cudagraph
         self._frames, self._iter = 0, -1
-        self._next_traj_id = count
-        self._carrier: TensorDictBase = self.env.reset()
-        if track_traj_ids:
-            traj_ids = torch.arange(count, device=self.env.device).reshape(self.env.batch_size)
-            self._carrier.set(("collector", "traj_ids"), traj_ids)
+        self._next_traj_id: Any = 0
+        self._begin(self.env.reset())
         # A code object of its own: what one collector has compiled does not count towards the limit of another.
         block = types.MethodType(_own_code(FusedCollector._block), self)
         # Random numbers from torch's generator, as in eager mode, and not from the compiler's own.
-        options = {"fallback_random": True}
-        self._run_block = torch.compile(block, fullgraph=True, options=options) if compile else block
-        self._run = CudaGraphModule(self._collect) if self.captured else self._collect
+        # And every rounding of a policy in low precision, which the compiler would leave out between operations.
+        options: dict[str, Any] = {"fallback_random": True, "emulate_precision_casts": True}
+        self._run_block: Any = torch.compile(block, fullgraph=True, options=options) if compile else block
+        collect: Any = self._collect
+        self._run: Any = CudaGraphModule(collect) if self.captured else collect
 
     def iterator(self) -> Iterator[TensorDictBase]:
         """Yield TensorDicts ``[N, T]`` until ``total_frames`` are collected."""
@@ -219,15 +122,17 @@ class FusedCollector(BaseCollector):
             carrier = self._carrier
         with set_exploration_type(self.exploration_type):
             state, observation, columns = self._run(tuple(env.read(carrier)), carrier.get("observation"))
-        state = self._state(state)
-        running = torch.zeros(env.batch_size, dtype=torch.bool, device=env.device)
-        self._carrier = env.write(state, observation, running, running)
+        self._carrier = self._live_step(self._state(state), observation)
         if self.track_traj_ids:
             columns["collector", "traj_ids"] = self._number(carrier, columns["next", "done"].squeeze(-1))
         return _as_tensordict(columns, env.batch_size)
 
     def _state(self, fields: tuple[torch.Tensor, ...]) -> Any:
         return type(self.env.read(self._carrier))(*fields)
+
+    def _live_step(self, state: Any, observation: torch.Tensor) -> TensorDict:
+        running = torch.zeros(self.env.batch_size, dtype=torch.bool, device=self.env.device)
+        return self.env.write(state, observation, running, running)
 
     def _collect(
         self, state: tuple[torch.Tensor, ...], observation: torch.Tensor
@@ -254,23 +159,21 @@ class FusedCollector(BaseCollector):
 
         state, observation, transitions = unrolled(env, self._state(state), observation, act, steps)
         rows = []
-        for root, written, (ended, last, reward, terminated, truncated) in zip(
-            before, chosen, transitions, strict=True
-        ):
-            following = env.entries(ended, last, terminated, truncated) | {"reward": reward.unsqueeze(-1)}
+        for root, written, (ended, last, reward, *flags) in zip(before, chosen, transitions, strict=True):
+            following = env.entries(ended, last, *flags) | {"reward": reward.unsqueeze(-1)}
             next_ = {("next", *((key,) if isinstance(key, str) else key)): each for key, each in following.items()}
             rows.append({**root, **written, **next_})
         return tuple(state), observation, {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
     def _act(self, root: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
         """What the policy writes, by key; what it keeps to itself begins with an underscore."""
-        batch_size = self.env.batch_size
         if self.policy is None:
-            return {"action": self.env.action_spec.rand()}
+            return {"action": random_action(self.env)}
         seen = {key: root[key] for key in getattr(self.policy, "in_keys", root)}
-        written = self.policy(TensorDict(seen, batch_size=batch_size, device=self.env.device))
-        keys = [key for key in written.keys(True, True) if key not in seen and not _is_private(key)]
-        return {key: written.get(key) for key in keys}
+        written = self.policy(TensorDict(seen, batch_size=self.env.batch_size, device=self.env.device))
+        # What it has only read is still the same object.
+        entries = {key: written.get(key) for key in written.keys(True, True) if not _is_private(key)}
+        return {key: value for key, value in entries.items() if value is not seen.get(key)}
 
     def _number(self, carrier: TensorDictBase, done: torch.Tensor) -> torch.Tensor:
         """The number of the episode of each step ``[T, N]``; new ones are numbered in the order in which they began."""
@@ -285,13 +188,15 @@ class FusedCollector(BaseCollector):
         # Of the collector's own state: the environment has not seen the episodes that ended since it was reset.
         state, env = self.env.read(self._carrier), self.env
         start = env.pure_reset(state.seed, state.index, state.episode + 1)
-        running = torch.zeros(env.batch_size, dtype=torch.bool, device=env.device)
-        self._carrier = env.write(start, env.observe(start), running, running)
+        self._begin(self._live_step(start, env.observe(start)))
+
+    def _begin(self, starts: TensorDictBase) -> None:
+        self._carrier = starts
         if self.track_traj_ids:
-            count = self.env.batch_size.numel()
-            fresh = torch.arange(count, device=self.env.device).reshape(self.env.batch_size)
-            self._carrier.set(("collector", "traj_ids"), fresh + self._next_traj_id)
-            self._next_traj_id = self._next_traj_id + count
+            batch_size = self.env.batch_size
+            numbers = torch.arange(batch_size.numel(), device=self.env.device).reshape(batch_size) + self._next_traj_id
+            self._carrier.set(("collector", "traj_ids"), numbers)
+            self._next_traj_id = self._next_traj_id + batch_size.numel()
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
         """Seed the environment: as with `Collector`, running episodes end as they began, the next ones are new.
@@ -302,8 +207,7 @@ class FusedCollector(BaseCollector):
         following = self.env.set_seed(seed, static_seed=static_seed)
         fresh, carrier = self.env.read(self.env.reset()), self._carrier
         state = self.env.read(carrier)._replace(seed=fresh.seed, index=fresh.index, episode=fresh.episode - 1)
-        running = torch.zeros(self.env.batch_size, dtype=torch.bool, device=self.env.device)
-        carrier.update(self.env.write(state, carrier.get("observation"), running, running))
+        carrier.update(self._live_step(state, carrier.get("observation")))
         return following
 
     def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
@@ -338,7 +242,8 @@ class FusedCollector(BaseCollector):
         new = TensorDict.from_module(new) if isinstance(new, torch.nn.Module) else new
         if not isinstance(new, TensorDictBase):
             raise TypeError(f"weights come as a module or as TensorDict.from_module(module); got {type(new).__name__}")
-        TensorDict.from_module(self.policy).data.update_(new.data)
+        own: Any = TensorDict.from_module(self.policy)
+        own.data.update_(new.data)
 
     def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The counters and the live step, from which another collector continues exactly."""
@@ -351,19 +256,6 @@ class FusedCollector(BaseCollector):
         self._carrier = TensorDict(state_dict["live_step"], batch_size=batch_size).clone().to(device)
         self._frames, self._iter = state_dict["frames"], state_dict["iter"]
         self._next_traj_id = state_dict["next_traj_id"]
-
-
-def refuse_impure(env: EnvBase) -> None:
-    """Refuse an environment that cannot be fused.
-
-    Raises:
-        TypeError: If it does not offer what `PureEnv` lists, naming what is missing.
-    """
-    if missing := [name for name in PURE if not callable(getattr(type(env), name, None) or vars(env).get(name))]:
-        raise TypeError(
-            f"{type(env).__name__} cannot be fused: it does not offer {', '.join(missing)}. Collect with "
-            "torchrl.collectors.Collector, or write it as a fp8rl_torchrl.envs.NativeEnv"
-        )
 
 
 def _is_private(key: Any) -> bool:
@@ -395,4 +287,5 @@ def _as_tensordict(columns: Mapping[Any, torch.Tensor], batch_size: torch.Size) 
 
 def _branch(tree: Mapping[str, Any], shape: torch.Size) -> TensorDict:
     entries = {name: _branch(value, shape) if isinstance(value, dict) else value for name, value in tree.items()}
-    return TensorDict._new_unsafe(entries, batch_size=shape, names=[*[None] * (len(shape) - 1), "time"])
+    names: Any = [*[None] * (len(shape) - 1), "time"]
+    return TensorDict._new_unsafe(entries, batch_size=shape, names=names)

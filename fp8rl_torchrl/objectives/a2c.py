@@ -58,15 +58,15 @@ class RolloutA2CLoss(LossModule):
         episode_ends: int | None = None,
     ) -> None:
         super().__init__()
-        if min(critic_coeff, entropy_coeff) < 0:
+        if not (critic_coeff >= 0 and entropy_coeff >= 0):
             raise ValueError(f"coefficients must be >= 0; got {critic_coeff=}, {entropy_coeff=}")
         self.actor_critic = actor_critic
         self.advantage = RolloutAdvantage(actor_critic, gamma=gamma, lmbda=lmbda, episode_ends=episode_ends)
         self.critic_coeff, self.entropy_coeff = critic_coeff, entropy_coeff
         self.normalize_advantage = normalize_advantage
         self.in_keys: list[Any] = [*self.advantage.in_keys, "action", "action_log_prob"]
-        self.out_keys = ["loss_actor", "loss_critic", "loss_entropy", "entropy", "advantage"]
-        self.out_keys += ["rollout_kl", "rollout_ratio_error"]
+        losses, logged = ["loss_actor", "loss_critic", "loss_entropy"], ["entropy", "advantage"]
+        self.out_keys = [*losses, *logged, "rollout_kl", "rollout_ratio_error"]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Compute the losses of a rollout.

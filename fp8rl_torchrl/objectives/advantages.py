@@ -134,6 +134,8 @@ class RolloutAdvantage(nn.Module):
         (torch.Size([4, 8, 1]), torch.Size([4, 8, 1]))
     """
 
+    actor_critic: JointModel
+
     def __init__(
         self, actor_critic: JointModel, *, gamma: float = 0.99, lmbda: float = 0.95, episode_ends: int | None = None
     ) -> None:

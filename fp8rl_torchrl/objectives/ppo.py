@@ -57,7 +57,7 @@ class JointClipPPOLoss(LossModule):
         super().__init__()
         if not clip_epsilon > 0:
             raise ValueError(f"clip_epsilon must be > 0; got {clip_epsilon}")
-        if min(critic_coeff, entropy_coeff) < 0:
+        if not (critic_coeff >= 0 and entropy_coeff >= 0):
             raise ValueError(f"coefficients must be >= 0; got {critic_coeff=}, {entropy_coeff=}")
         self.actor_critic = actor_critic
         self.clip_epsilon = clip_epsilon

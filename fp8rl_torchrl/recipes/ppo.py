@@ -84,9 +84,12 @@ class PPOConfig(RecipeConfig):
 
     def resolved(self) -> PPOConfig:
         """See `RecipeConfig.resolved`; the length of the decay is that of the run as it was started."""
-        counted = replace(self, updates_per_collection=self._updates())
         decay = self.lr_decay_updates or self._updates() * self._collections()
-        return replace(super(PPOConfig, counted).resolved(), lr_decay_updates=decay)
+        return replace(super().resolved(), updates_per_collection=self._updates(), lr_decay_updates=decay)
+
+    def chosen(self, device: str) -> tuple[dict[str, str], list[str]]:
+        """See `RecipeConfig.chosen`."""
+        return super(PPOConfig, replace(self, updates_per_collection=self._updates())).chosen(device)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -146,6 +146,10 @@ class RecipeConfig(LoopConfig, RunSchedule):
         Raises:
             ValueError: If the device does not exist.
         """
+        if self.precision == "auto":
+            raise ValueError(
+                "precision 'auto' is measured: use fp8rl_torchrl.recipes.build, or resolve_precision first"
+            )
         name = self.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"

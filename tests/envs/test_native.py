@@ -1,63 +1,15 @@
 """What `NativeEnv` gives every native environment, on the ones of this package and on one of a user's making."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import pytest
 import torch
+from drift import DriftDynamics, DriftEnv
 from rollouts import assert_same, run
 from torchrl.data import Bounded, Categorical
 from torchrl.envs import EnvBase
 
-from fp8rl_torchrl.envs import CartPoleEnv, CustomEnv, EnvConformanceError, NativeEnv, check_env
-from fp8rl_torchrl.envs.native import Limits
-from fp8rl_torchrl.envs.noise import uniform
-
-
-class DriftState(NamedTuple):
-    place: torch.Tensor
-    wind: torch.Tensor  # of the whole episode: a step passes it on as it is
-    step_count: torch.Tensor
-    episode_reward: torch.Tensor
-    seed: torch.Tensor
-    index: torch.Tensor
-    episode: torch.Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class DriftDynamics:
-    """Steer against the wind; a continuous action, and an observation of one number."""
-
-    max_steps: int = 9
-
-    def step(self, state, action):
-        place = state.place + action.squeeze(-1).clamp(-1, 1) + state.wind
-        reward = -place.abs().clamp(max=6)
-        count = state.step_count + 1
-        state = state._replace(place=place, step_count=count, episode_reward=state.episode_reward + reward)
-        return state, self.observe(state), reward, place.abs() > 4, count >= self.max_steps
-
-    @staticmethod
-    def reset(seed, index, episode):
-        place, wind = (2 * uniform(seed, index, episode, streams=2) - 1).unbind()
-        return DriftState(place, wind, torch.zeros_like(index), torch.zeros_like(place), seed, index, episode)
-
-    @staticmethod
-    def observe(state):
-        return state.place.unsqueeze(-1)  # a view: the environment sees to it that no memory is shared
-
-    @property
-    def limits(self):
-        state, place = {"place": (-6.0, 6.0), "wind": (-1.0, 1.0)}, ((-6.0, 6.0),)
-        return Limits(
-            actions=((-1.0, 1.0),), observation=place, state=state, reward=(-6.0, 0.0), max_steps=self.max_steps
-        )
-
-
-class DriftEnv(NativeEnv):
-    state_type = DriftState
-    dynamics_type = DriftDynamics
-
+from fp8rl_torchrl.envs import CartPoleEnv, CustomEnv, EnvConformanceError, check_env, noise
 
 ENVS = [CustomEnv, CartPoleEnv, DriftEnv]
 
@@ -178,6 +130,66 @@ def test_read_gives_what_write_was_given(make, num_envs):
     assert torch.equal(env.observe(state), data["observation"])
 
 
+def written_and_entries(env):
+    """The same arguments given to `write` and to `entries`, and these arguments' tensors."""
+    data = advance_to(env, 3)
+    given = env.read(data), data["observation"], *(data[name].squeeze(-1) for name in ("terminated", "truncated"))
+    return env.write(*given), env.entries(*given), [*given[0], *given[1:]]
+
+
+def assert_written_as_listed(env):
+    written, entries, _ = written_and_entries(env)
+    assert set(entries) == set(written.keys(True, True))
+    for key, value in entries.items():
+        assert torch.equal(written[key], value), key
+        assert written[key].dtype == value.dtype
+
+
+@pytest.mark.parametrize("num_envs", [None, 4])
+@pytest.mark.parametrize("make", ENVS)
+def test_what_is_written_is_what_entries_lists(make, num_envs):
+    assert_written_as_listed(make(num_envs, seed=0))
+
+
+class LeavesOut(DriftEnv):
+    """Negative twin: writes an entry that is not listed."""
+
+    def entries(self, *arguments):
+        return {key: value for key, value in super().entries(*arguments).items() if key != "step_count"}
+
+    def write(self, state, *arguments):
+        return super().write(state, *arguments).set("step_count", state.step_count.unsqueeze(-1))
+
+
+def test_an_entry_that_is_not_listed_is_found():
+    with pytest.raises(AssertionError):
+        assert_written_as_listed(LeavesOut(4, seed=0))
+
+
+def assert_written_apart(env):
+    """No two entries share memory, and the physics and counters share none with the state either."""
+    written, _, given = written_and_entries(env)
+    pointers = [leaf.untyped_storage().data_ptr() for leaf in written.values(True, True)]
+    assert len(set(pointers)) == len(pointers)
+    inner = {leaf.untyped_storage().data_ptr() for leaf in written["state"].values()}
+    assert not inner & {tensor.untyped_storage().data_ptr() for tensor in given}
+
+
+class Shares(DriftEnv):
+    """Negative twin: the listed entries themselves, which may be views of one another."""
+
+    def write(self, state, *arguments):
+        return super().write(state, *arguments).set(("state", "wind"), state.wind)
+
+
+@pytest.mark.parametrize("num_envs", [None, 4])
+@pytest.mark.parametrize("make", ENVS)
+def test_what_is_written_shares_no_memory(make, num_envs):
+    assert_written_apart(make(num_envs, seed=0))
+    with pytest.raises(AssertionError):
+        assert_written_apart(Shares(num_envs, seed=0))
+
+
 @pytest.mark.parametrize("make", ENVS)
 def test_a_step_of_the_environment_is_the_pure_step_read_and_written(make):
     env = make(4, seed=0)
@@ -201,7 +213,8 @@ def test_an_episode_starts_as_the_pure_reset_says(make):
 
 
 @pytest.mark.parametrize("make", ENVS)
-def test_a_compiled_step_and_reset_has_no_graph_break_and_shares_no_memory(make):
+def test_a_compiled_step_and_reset_has_no_graph_break_and_shares_no_memory(make, monkeypatch):
+    monkeypatch.setattr(noise, "_compiled", lambda: noise._hash)  # which takes ten seconds to compile
     env = make(4, seed=0, max_steps=3)
 
     def step_and_reset(state, action):

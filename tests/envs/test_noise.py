@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fp8rl_torchrl.envs import noise
 from fp8rl_torchrl.envs.noise import uniform
 
 COUNT = 1 << 16
@@ -50,17 +51,17 @@ def correlation(first, second):
 def forgets(name):
     """The hash with one of its counters dropped."""
 
-    def broken(seed, index, episode, *, stream):
+    def broken(seed, index, episode, *, streams):
         given = {"seed": seed, "index": index, "episode": episode}
         given[name] = torch.zeros_like(given[name])
-        return uniform(**given, streams=stream + 1)[stream]
+        return uniform(**given, streams=streams)
 
     return broken
 
 
-def assert_depends_on(noise, name):
+def assert_depends_on(draw, name):
     """Fails unless counting one counter up gives independent uniform draws."""
-    values = noise(*counters(**{name: None}), stream=0)
+    values = draw(*counters(**{name: None}), streams=1)[0]
     assert abs(chi_square(values)) < 4
     assert abs(correlation(values[:-1], values[1:])) < 4
 
@@ -167,14 +168,57 @@ def test_depends_on_every_counter(name):
         assert_depends_on(forgets(name), name)
 
 
-def test_the_same_in_a_compiled_graph():
-    arguments = counters(seed=2**63 - 1, index=None, episode=3, count=1024)
-    compiled = torch.compile(uniform, fullgraph=True, backend="eager")
+def test_a_stream_does_not_depend_on_how_many_there_are():
+    arguments = counters(index=None, count=64)
+    three = uniform(*arguments, streams=3)
+    assert three.shape == (3, 64)
+    assert torch.equal(uniform(*arguments, streams=1), three[:1])
+    assert torch.equal(uniform(*arguments, streams=2), three[:2])
+
+
+@pytest.mark.parametrize("shape", [(), (1024,), (8, 128)])
+def test_one_kernel_in_a_compiled_graph_gives_the_same(shape, monkeypatch):
+    # The kernel as such is compiled by the slow test below.
+    monkeypatch.setattr(noise, "_compiled", lambda: noise._hash)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    size = math.prod(shape)
+    arguments = [counter.reshape(shape) for counter in counters(seed=2**63 - 1, index=None, episode=3, count=size)]
+    torch.compiler.reset()
+    compiled = torch.compile(uniform, fullgraph=True, backend=backend)
     assert torch.equal(compiled(*arguments, streams=2), uniform(*arguments, streams=2))
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert called == ["fp8rl_torchrl.start_noise.default"]
+
+
+def test_the_kernel_is_a_well_made_operator(monkeypatch):
+    monkeypatch.setattr(noise, "_compiled", lambda: noise._hash)
+    # Its shapes and dtypes are foretold rightly, and neither argument nor result is aliased.
+    arguments = counters(index=None, count=8)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.fp8rl_torchrl.start_noise, (*arguments, 2), test_utils=checks)
 
 
 @pytest.mark.slow
-def test_the_same_when_inductor_generates_the_code():
-    arguments = counters(seed=2**63 - 1, index=None, episode=3)
+@pytest.mark.parametrize("shape", [(), (1,), (COUNT,), (8, 128)])
+def test_the_same_when_inductor_generates_the_code(shape):
+    size = math.prod(shape)
+    arguments = [counter.reshape(shape) for counter in counters(seed=2**63 - 1, index=None, episode=3, count=size)]
     compiled = torch.compile(uniform, fullgraph=True)
     assert torch.equal(compiled(*arguments, streams=2), uniform(*arguments, streams=2))
+    # Of arguments that do not lie side by side, as a table of starts has them.
+    spread = [counter.unsqueeze(-1).expand(*shape, 3) for counter in arguments]
+    assert torch.equal(compiled(*spread, streams=1), uniform(*spread, streams=1))
+
+
+@pytest.mark.gpu
+def test_the_same_on_a_gpu_eager_and_compiled():
+    arguments = counters(seed=2**63 - 1, index=None, episode=3)
+    expected = uniform(*arguments, streams=2)
+    on_gpu = [counter.cuda() for counter in arguments]
+    for function in (uniform, torch.compile(uniform, fullgraph=True)):
+        assert torch.equal(function(*on_gpu, streams=2).cpu(), expected)

@@ -1,0 +1,133 @@
+"""Environments as pure functions of tensors: what they offer, and many of their steps as one function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import Bounded
+from torchrl.envs import EnvBase
+
+PURE = ("pure_step", "pure_reset", "observe", "read", "write", "entries")
+
+
+class PureEnv(Protocol):
+    """What a `FusedCollector` needs of an environment besides `EnvBase`; `fp8rl_torchrl.envs.NativeEnv` offers it.
+
+    A state is a NamedTuple of tensors ``[N, ...]`` with, among others, the int64 counters ``seed``, ``index`` and
+    ``episode``. The first three are pure functions of tensors: no generator, no read of a value by the host.
+    """
+
+    def pure_step(
+        self, state: Any, action: torch.Tensor
+    ) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The next state, the next observation, the reward (float32 ``[N]``), ``terminated``, ``truncated``."""
+        ...
+
+    def pure_reset(self, seed: torch.Tensor, index: torch.Tensor, episode: torch.Tensor) -> Any:
+        """The state at the start of an episode."""
+        ...
+
+    def observe(self, state: Any) -> torch.Tensor:
+        """The observation ``[N, ...]`` of a state."""
+        ...
+
+    def read(self, tensordict: TensorDictBase) -> Any:
+        """The state that a TensorDict carries."""
+        ...
+
+    def write(
+        self, state: Any, observation: torch.Tensor, terminated: torch.Tensor, truncated: torch.Tensor
+    ) -> TensorDict:
+        """The TensorDict that carries a state: what a reset returns, and a step next to its reward."""
+        ...
+
+    def entries(
+        self, state: Any, observation: torch.Tensor, terminated: torch.Tensor, truncated: torch.Tensor
+    ) -> dict[Any, torch.Tensor]:
+        """What ``write`` puts into a TensorDict, by key; may share memory with the state."""
+        ...
+
+
+def unrolled(
+    env: PureEnv, state: Any, observation: torch.Tensor, act: Callable[[Any, torch.Tensor], torch.Tensor], steps: int
+) -> tuple[Any, torch.Tensor, list[tuple[Any, ...]]]:
+    """Some steps of every environment; those whose episode ends start the next one.
+
+    Args:
+        env: The environment.
+        state: The state before the first step, each field ``[N, ...]``.
+        observation: The observation of that state.
+        act: Maps a state and its observation to actions.
+        steps: How many.
+
+    Returns:
+        The state and the observation after the steps and their resets, and what `PureEnv.pure_step` returned in each.
+    """
+    transitions = []
+    looks = state.episode.device.type == "cpu" and not torch.compiler.is_compiling()  # reading a value costs nothing
+    starts = None if looks else _starts(env, state, steps)
+    resets = torch.zeros_like(state.episode)
+    for _ in range(steps):
+        transition = env.pure_step(state, act(state, observation))
+        transitions.append(transition)
+        state, observation, _, terminated, truncated = transition
+        done = terminated | truncated
+        if starts is None:
+            if not done.any():
+                continue
+            start: Any = env.pure_reset(state.seed, state.index, state.episode + 1)
+        else:
+            start = type(state)(*(_pick(field, resets) for field in starts))
+            resets = resets + done
+        observation = _where(done, env.observe(start), observation)
+        state = type(state)(*(_where(done, new, old) for new, old in zip(start, state, strict=True)))
+        if starts is not None:  # what never changes needs no choice
+            state = state._replace(seed=transition[0].seed, index=transition[0].index)
+    return state, observation, transitions
+
+
+def _starts(env: PureEnv, state: Any, steps: int) -> Any:
+    """The starts of the episodes after the running ones, each field ``[steps, N, ...]``: more can not begin.
+
+    In a compiled block these are one computation beforehand, and a reset is a look into this table. Hashing in every
+    step would take minutes to compile.
+    """
+    episode = state.episode
+    ahead = torch.arange(1, steps + 1, device=episode.device).reshape(-1, *[1] * episode.ndim) + episode
+    return env.pure_reset(state.seed.expand_as(ahead), state.index.expand_as(ahead), ahead)
+
+
+def _pick(field: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """``field[row[n], n]`` of a field ``[steps, N, ...]``."""
+    row = row.reshape(1, *row.shape, *[1] * (field.ndim - 1 - row.ndim)).expand(1, *field.shape[1:])
+    return field.gather(0, row).squeeze(0)
+
+
+def _where(done: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    return torch.where(done.reshape((*done.shape, *[1] * (old.ndim - done.ndim))), new, old)
+
+
+def refuse_impure(env: EnvBase) -> None:
+    """Refuse an environment that cannot be fused.
+
+    Raises:
+        TypeError: If it does not offer what `PureEnv` lists, naming what is missing.
+    """
+    if missing := [name for name in PURE if not callable(getattr(type(env), name, None) or vars(env).get(name))]:
+        raise TypeError(
+            f"{type(env).__name__} cannot be fused: it does not offer {', '.join(missing)}. Collect with "
+            "torchrl.collectors.Collector, or write it as a fp8rl_torchrl.envs.NativeEnv"
+        )
+
+
+def random_action(env: EnvBase) -> torch.Tensor:
+    """What ``env.action_spec.rand()`` draws, without a read of a value by the host, so that it can be compiled."""
+    spec = env.action_spec
+    if not isinstance(spec, Bounded) or not spec.dtype.is_floating_point:
+        return spec.rand()
+    space: Any = spec.space
+    share = torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device).uniform_()
+    return (share * (space.high - space.low) + space.low).clamp(space.low, space.high)
