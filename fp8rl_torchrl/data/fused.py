@@ -13,6 +13,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from fp8rl_torchrl._inductor import cpu_options
 from fp8rl_torchrl.data.pure import random_action, refuse_impure, unrolled
 
 BLOCK = 8
@@ -94,7 +95,7 @@ class FusedCollector(BaseCollector):
         block = types.MethodType(_own_code(FusedCollector._block), self)
         # Random numbers from torch's generator, as in eager mode, and not from the compiler's own.
         # And every rounding of a policy in low precision, which the compiler would leave out between operations.
-        options: dict[str, Any] = {"fallback_random": True, "emulate_precision_casts": True}
+        options = cpu_options() | {"fallback_random": True, "emulate_precision_casts": True}
         self._run_block: Any = torch.compile(block, fullgraph=True, options=options) if compile else block
         collect: Any = self._collect
         self._run: Any = CudaGraphModule(collect) if self.captured else collect

@@ -12,6 +12,9 @@ from torchrl.envs import EnvBase
 
 PURE = ("pure_step", "pure_reset", "observe", "read", "write", "entries")
 
+_CONSTANT = ("seed", "index")
+"""Fields of a state that no step and no reset changes."""
+
 
 class PureEnv(Protocol):
     """What a `FusedCollector` needs of an environment besides `EnvBase`; `fp8rl_torchrl.envs.NativeEnv` offers it.
@@ -68,32 +71,28 @@ def unrolled(
     """
     transitions = []
     looks = state.episode.device.type == "cpu" and not torch.compiler.is_compiling()  # reading a value costs nothing
-    starts = None if looks else _starts(env, state, steps)
-    resets = torch.zeros_like(state.episode)
+    first, starts, resets = state, None, torch.zeros_like(state.episode)
     for _ in range(steps):
         transition = env.pure_step(state, act(state, observation))
         transitions.append(transition)
         state, observation, _, terminated, truncated = transition
         done = terminated | truncated
-        if starts is None:
-            if not done.any():
-                continue
-            start: Any = env.pure_reset(state.seed, state.index, state.episode + 1)
-        else:
-            start = type(state)(*(_pick(field, resets) for field in starts))
-            resets = resets + done
+        if looks and not done.any():
+            continue
+        starts = _starts(env, first, steps) if starts is None else starts
+        picked = {name: _pick(field, resets) for name, field in starts._asdict().items() if name not in _CONSTANT}
+        start = state._replace(**picked)
+        resets = resets + done
         observation = _where(done, env.observe(start), observation)
-        state = type(state)(*(_where(done, new, old) for new, old in zip(start, state, strict=True)))
-        if starts is not None:  # what never changes needs no choice
-            state = state._replace(seed=transition[0].seed, index=transition[0].index)
+        state = state._replace(**{name: _where(done, new, getattr(state, name)) for name, new in picked.items()})
     return state, observation, transitions
 
 
 def _starts(env: PureEnv, state: Any, steps: int) -> Any:
     """The starts of the episodes after the running ones, each field ``[steps, N, ...]``: more can not begin.
 
-    In a compiled block these are one computation beforehand, and a reset is a look into this table. Hashing in every
-    step would take minutes to compile.
+    These are one computation beforehand, and a reset is a look into this table: hashing in every step would take
+    minutes to compile, and in eager mode most of the time.
     """
     episode = state.episode
     ahead = torch.arange(1, steps + 1, device=episode.device).reshape(-1, *[1] * episode.ndim) + episode

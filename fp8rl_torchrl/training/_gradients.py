@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
+from fp8rl_torchrl._inductor import cpu_options
 from fp8rl_torchrl.precision.mode import Precision
 from fp8rl_torchrl.training._refusals import reaches
 from fp8rl_torchrl.training.flat import FlatParameter
@@ -48,7 +49,9 @@ class Gradients:
         # Code of its own: what one step has compiled does not count towards the limit of another.
         code = Gradients._differentiate.__code__.replace()
         function = types.FunctionType(code, globals(), "differentiate")
-        self._compiled = torch.compile(types.MethodType(function, self), fullgraph=True)
+        # Otherwise a compiler drops the roundings between the operations that it fuses.
+        options = cpu_options() | {"emulate_precision_casts": precision.autocast_dtype is not None}
+        self._compiled = torch.compile(types.MethodType(function, self), fullgraph=True, options=options)
 
     def __call__(
         self,
@@ -74,8 +77,10 @@ class Gradients:
         batch: TensorDictBase,
         scales: Mapping[str, torch.Tensor],
     ) -> Found:
+        # A loss may write into its batch. Of what it writes, no compiled graph can hand out the history.
+        seen = batch.copy() if torch.compiler.is_compiling() else batch
         with self.precision.autocast(self.device):
-            outputs = dict(compute_loss(batch).items())
+            outputs = dict(compute_loss(seen).items())
         losses = self._select(outputs)
         if not self.checked:
             self._check(losses)
@@ -85,6 +90,10 @@ class Gradients:
             scaled = loss / self.accumulate * scales[key]
             more = place + 1 < len(losses)
             gradients[key] = torch.autograd.grad(scaled, trainable, retain_graph=more, allow_unused=True)
+        if seen is not batch:
+            for key in seen.keys(True, True):
+                if (entry := seen.get(key)) is not batch.get(key, None):
+                    batch.set(key, entry.detach())
         finite = {key: torch.isfinite(loss.detach()) for key, loss in losses.items()}
         return {key: value.detach() for key, value in outputs.items()}, finite, gradients
 
