@@ -95,18 +95,16 @@ class PPOConfig(RecipeConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": {
         "total_frames": 100_000,
-        "num_envs": 16,
+        "num_envs": 32,
         "frames_per_collection": 1024,
-        "epochs": 8,
-        "batch_size": 128,
-        "lr": 3e-3,
-        "entropy_coeff": 0.0,
-        "gamma": 0.98,
-        "lmbda": 0.9,
-        "activation": "relu",
+        "epochs": 20,
+        "batch_size": 256,
+        "lr": 2e-3,
+        "entropy_coeff": 0.01,
+        "activation": "tanh",
         "precision": "fp32",
         "collector": "fused",
-        "eval_every": 4096,
+        "eval_every": 8192,
     },
 }
 """Tuned options by task."""

@@ -189,32 +189,43 @@ class OptimStep(OptimizationStepper):
 
     def _apply(self) -> dict[str, torch.Tensor]:
         metrics: dict[str, torch.Tensor] = {}
-        applied = torch.ones((), dtype=torch.bool, device=self.device)
+        every_finite: list[torch.Tensor] = []
         self._set_learning_rates()
         for key, optimizer in self.optimizers.items():
             scaler, suffix = self.scalers[key], "" if self.single else f"_{key}"
             metrics[f"loss_scale{suffix}"] = self._scale_of(scaler)
             scaler.unscale_(optimizer)
-            gradients = [p.grad for p in self._parameters[key] if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
-            if self.max_grad_norm is not None:
-                nn.utils.clip_grads_with_norm_(self._parameters[key], self.max_grad_norm, norm)
+            norm = self._clip([p.grad for p in self._parameters[key] if p.grad is not None])
             finite = self._finite[key] & torch.isfinite(norm)
             # GradScaler.step knows of the gradients alone, so the flag that fused optimizers obey is set here. The
             # scale still follows the gradients: an infinite reward is no reason to shrink it.
-            optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+            skipped = (~finite).float()
+            optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
             optimizer.step()
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             metrics[f"grad_norm{suffix}"] = norm
-            metrics[f"skipped{suffix}"] = (~finite).float()
-            applied &= finite
+            metrics[f"skipped{suffix}"] = skipped
+            every_finite.append(finite)
+        applied = every_finite[0] if self.single else torch.stack(every_finite).all()
         self.updates += applied
         self.skipped_steps += ~applied
         self._update_targets(applied)
         for finite in self._finite.values():  # in place, as a captured update must leave it
             finite.fill_(True)
         return metrics
+
+    def _clip(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Clip the gradients as one vector, and return its norm before that."""
+        if len(gradients) == 1:  # for a flat parameter, the general functions would take longer than the arithmetic
+            norm = torch.linalg.vector_norm(gradients[0])
+            if self.max_grad_norm is not None:
+                gradients[0].mul_((self.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
+            return norm
+        norm = nn.utils.get_total_norm(gradients)
+        if self.max_grad_norm is not None:
+            torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
+        return norm
 
     def _scale_of(self, scaler: Any) -> torch.Tensor:
         # `get_scale` reads the scale on the host; the tensor itself stays on the device.
