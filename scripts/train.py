@@ -13,7 +13,7 @@ import tyro
 from tqdm import tqdm
 
 from fp8rl_torchrl.data import CollectorState, restores_exactly
-from fp8rl_torchrl.recipes import RecipeConfig, build, config_class
+from fp8rl_torchrl.recipes import RecipeConfig, build, config_class, resolve_precision
 from fp8rl_torchrl.training.checkpoint import PipelineCheckpoints, latest_checkpoint
 from fp8rl_torchrl.training.loop import Report
 from fp8rl_torchrl.training.metrics import Loggers, require_wandb
@@ -80,9 +80,10 @@ def main(argv: list[str]) -> int:
     """
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     try:
-        config, options = parse(argv)
-        config = config.resolved()
-        torch.set_num_threads(config.num_threads)
+        asked, options = parse(argv)
+        torch.set_num_threads(asked.num_threads)
+        asked, auto = resolve_precision(asked)
+        config = asked.resolved()
         pipeline = build(config)
         folder = RunFolder(options.resume or options.run_dir or config.default_run_dir())
         if options.wandb is not None:
@@ -93,6 +94,8 @@ def main(argv: list[str]) -> int:
             folder.create(config.to_dict())
             if pipeline.conversion is not None:
                 write_json(folder.conversion, pipeline.conversion.to_dict())
+            if auto is not None:
+                write_json(folder.path / "auto_precision.json", auto.to_dict())
         checkpoints = PipelineCheckpoints(pipeline, CollectorState(pipeline.collector), folder.checkpoints)
         loggers = Loggers(folder.path, options.wandb, config.to_dict())
         progress = Progress(config)
@@ -107,6 +110,8 @@ def main(argv: list[str]) -> int:
     if options.resume and not restores_exactly(pipeline.env):
         print(f"{config.env} keeps state that cannot be restored: training resumes at fresh episodes")
     print(f"{title} on {config.device}, run folder {folder.path}")
+    for reason in ([] if auto is None else [auto]) + asked.chosen(config.device)[1]:
+        print(reason)
     if pipeline.conversion is not None:
         print(f"\n{pipeline.conversion}\n")
     if pipeline.finished:
@@ -125,7 +130,10 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> tuple[RecipeConfig, Options[Any]]:
-    """The configuration and the run's options; a resumed run starts from its saved configuration."""
+    """The configuration and the run's options.
+
+    A resumed run starts from its saved configuration, a new one from the recipe's preset for the task.
+    """
     saved = _peek(argv, "--resume")
     if saved is not None:
         options = RunFolder(saved).read_config()
@@ -133,7 +141,8 @@ def parse(argv: list[str]) -> tuple[RecipeConfig, Options[Any]]:
         default = recipe.from_dict(options)
     else:
         recipe = config_class(_peek(argv, "--algo") or "actor-critic")
-        default = recipe()
+        env, preset = _peek(argv, "--env"), getattr(recipe, "for_task", None)
+        default = recipe() if env is None or preset is None else preset(env)
 
     parsed: Options[Any] = tyro.cli(
         tyro.conf.OmitArgPrefixes[Options[recipe]],

@@ -33,9 +33,17 @@ NAMES = {
     "envs.make": "envs.gym",
     "envs.check_env": "envs.conformance",
     "envs.EnvConformanceError": "envs.conformance",
+    "data.FusedCollector": "data.fused",
     "data.PackedReplayBuffer": "data.packed",
+    "objectives.JointClipPPOLoss": "objectives.ppo",
+    "objectives.ReplayedActorCriticLoss": "objectives.replayed_actor_critic",
+    "objectives.RolloutA2CLoss": "objectives.a2c",
+    "objectives.RolloutAdvantage": "objectives.advantages",
     "recipes.build": "recipes",
+    "recipes.A2CConfig": "recipes.a2c",
     "recipes.ActorCriticConfig": "recipes.actor_critic",
+    "recipes.PPOConfig": "recipes.ppo",
+    "training.flat.FlatParameter": "training.flat",
 }
 PARTS = ["data", "envs", "models", "objectives", "precision", "recipes", "training"]
 
@@ -238,9 +246,9 @@ def test_the_default_step(default):
     assert not scaler.is_enabled()
     (optimizer,) = step.optimizers.values()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
-        id(p) for p in default.agent.parameters()
-    }
+    (flat,) = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    assert type(flat) is f8.training.flat.FlatParameter
+    assert {id(view) for view in flat.views} == {id(parameter) for parameter in default.agent.parameters()}
 
 
 def test_the_scaler_of_an_fp16_run_is_live():

@@ -95,7 +95,7 @@ def test_options_reach_the_part_they_are_for():
     assert (loss.gamma, loss.max_weight, loss.critic_coeff, loss.entropy_coeff) == (0.5, 2.0, 0.25, 0.125)
     assert pipeline.step.max_grad_norm == 3.0
     assert pipeline.config is not config
-    assert pipeline.config == config
+    assert pipeline.config == config.resolved()
     widths = [layer.out_features for layer in pipeline.agent.modules() if isinstance(layer, nn.Linear)]
     assert sorted(widths) == sorted([16, 4, 2, 16, 4, 1]), "two encoders"
     (group,) = pipeline.step.optimizers["loss"].param_groups

@@ -3,18 +3,21 @@
 import pytest
 
 from fp8rl_torchrl import evaluate
-from fp8rl_torchrl.recipes import ActorCriticConfig, build
+from fp8rl_torchrl.envs import make
+from fp8rl_torchrl.recipes import A2CConfig, ActorCriticConfig, PPOConfig, build
 
 SOLVED = 215.0  # of at most 220
+BALANCED = 475.0  # of at most 500: the bar that Gymnasium sets for CartPole-v1
 
 
-def train_and_evaluate(**options):
-    """The mean return after training; prints it, as every seed counts."""
-    pipeline = build(ActorCriticConfig(**options, device="cpu"))
-    before = evaluate(pipeline.agent.policy, pipeline.env, episodes=100)
+def train_and_evaluate(make_config=ActorCriticConfig, judge=None, **options):
+    """The mean return after training, in an environment of the judge's; prints it, as every seed counts."""
+    pipeline = build(make_config(**options, device="cpu"))
+    env = judge or pipeline.env
+    before = evaluate(pipeline.agent.policy, env, episodes=100)
     for _ in pipeline:
         pass
-    result = evaluate(pipeline.agent.policy, pipeline.env, episodes=100)
+    result = evaluate(pipeline.agent.policy, env, episodes=100)
     print(f"{options}: {before.mean:.2f} -> {result.mean:.2f} ± {result.std:.2f}, {min(result.returns):.2f}")
     return result.mean
 
@@ -38,3 +41,20 @@ def test_so_do_the_other_recipes(precision, seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_so_does_a_network_that_is_nearly_all_fp8(seed):
     assert train_and_evaluate(precision="fp8", hidden=(256, 256, 256), seed=seed) >= SOLVED
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("precision", "collector"), [("fp32", "fused"), ("fp32", "torchrl"), ("bf16", "fused")])
+def test_a2c_solves_custom_env(precision, collector, seed):
+    options = {"precision": precision, "collector": collector, "seed": seed}
+    assert train_and_evaluate(A2CConfig, **options) >= SOLVED
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("seed", range(5))
+def test_ppo_balances_gymnasiums_cartpole(seed):
+    """It learns on the native environment, and is judged on Gymnasium's own."""
+    judge = make("CartPole-v1", num_envs=20, native=False)
+    config = PPOConfig.for_task
+    assert train_and_evaluate(lambda **options: config("CartPole-v1", **options), judge, seed=seed) >= BALANCED

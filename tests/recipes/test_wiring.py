@@ -110,7 +110,8 @@ def test_auto_is_cuda_where_there_is_one(there_is_one, device, monkeypatch):
     monkeypatch.setattr(wiring.torch.cuda, "is_available", lambda: there_is_one)
     monkeypatch.setattr(wiring.torch, "empty", lambda *shape, device: made.append(device))
     config = RecipeConfig(seed=3).resolved()
-    assert config == RecipeConfig(seed=3, device=device, lr=1e-3, rollout_precision="fp32")
+    decided = {"collector": "torchrl", "compile": "off", "cudagraph": "off"}
+    assert config == RecipeConfig(seed=3, device=device, lr=1e-3, rollout_precision="fp32", **decided)
     assert made == [device], "a device is tried out before anything is built"
 
 
@@ -178,7 +179,9 @@ def test_all_global_random_streams_are_seeded():
 
 @pytest.mark.parametrize("config", [RecipeConfig(), None, {"env": "CustomEnv"}, "actor-critic"])
 def test_build_refuses_what_belongs_to_no_recipe(config):
-    with pytest.raises(TypeError, match=f"build takes one of ActorCriticConfig; got {type(config).__name__}"):
+    with pytest.raises(
+        TypeError, match=f"build takes one of ActorCriticConfig, A2CConfig, PPOConfig; got {type(config).__name__}"
+    ):
         build(config)
 
 
@@ -187,5 +190,5 @@ def test_recipes_are_found_by_name():
         assert config_class(name) is config
         assert config().algo == name
         assert config.__name__ in recipes.__all__
-    with pytest.raises(ValueError, match="unknown algo 'ppo2'; use one of actor-critic"):
+    with pytest.raises(ValueError, match="unknown algo 'ppo2'; use one of actor-critic, a2c, ppo"):
         config_class("ppo2")
