@@ -54,17 +54,22 @@ def options(order: Order) -> dict[str, Any]:
             "batch_size": REPLAY_BATCH,
             "min_replay": min(order.rollout, 1000),
             "updates_per_collection": UPDATES_PER_COLLECTION,
+            "collector": "torchrl",
+            "compile": "on",
         }
     common |= {"lmbda": LAMBDA, "activation": order.activation, "collector": "fused", "compile": "on"}
     if order.algo == "ppo":
-        common |= {"epochs": order.epochs, "minibatches": order.minibatches, "clip_epsilon": CLIP_EPSILON}
+        common |= {"epochs": order.epochs, "clip_epsilon": CLIP_EPSILON}
+        common["batch_size"] = order.rollout // order.minibatches
     return common
 
 
 def build(order: Order) -> Train:
     """The pipeline, started by the first call."""
     import fp8rl_torchrl as f8
+    from fp8rl_torchrl.training.memory import keep_freed_memory
 
+    keep_freed_memory()  # as scripts/train.py does
     name = _CONFIGS[order.algo]
     if not hasattr(f8.recipes, name):
         raise UnsupportedError(f"this version of fp8rl_torchrl has no {name}")

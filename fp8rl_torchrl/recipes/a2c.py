@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fp8rl_torchrl.objectives.a2c import RolloutA2CLoss
 from fp8rl_torchrl.recipes.wiring import RecipeConfig, linear_decay, seed_everything, truncations_within
@@ -17,6 +17,9 @@ class A2CConfig(RecipeConfig):
     Raises:
         ValueError: If an option is out of range.
     """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"CustomEnv": {"gamma": 0.9, "lr": 1e-2}}
+    """Tuned options by task."""
 
     algo: Literal["a2c"] = "a2c"
     """The recipe."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fp8rl_torchrl.data.replay import rollout_buffer
 from fp8rl_torchrl.objectives.advantages import RolloutAdvantage
@@ -19,6 +19,22 @@ class PPOConfig(RecipeConfig):
     Raises:
         ValueError: If an option is out of range.
     """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "CartPole-v1": {
+            "total_frames": 100_000,
+            "num_envs": 32,
+            "frames_per_collection": 1024,
+            "epochs": 8,
+            "batch_size": 256,
+            "lr": 5e-3,
+            "clip_epsilon": 0.25,
+            "precision": "fp32",
+            "collector": "fused",
+            "eval_every": 8192,
+        },
+    }
+    """Tuned options by task."""
 
     algo: Literal["ppo"] = "ppo"
     """The recipe."""
@@ -69,16 +85,6 @@ class PPOConfig(RecipeConfig):
         if not self.clip_epsilon > 0 or min(self.critic_coeff, self.entropy_coeff) < 0:
             raise ValueError("clip_epsilon must be > 0, critic_coeff and entropy_coeff >= 0")
 
-    @classmethod
-    def for_task(cls, env: str, **options: Any) -> PPOConfig:
-        """The tuned preset of a task, with some options set otherwise; the defaults where there is none.
-
-        Args:
-            env: The task.
-            **options: Fields of this class.
-        """
-        return cls(**{"env": env, **PRESETS.get(env, {}), **options})
-
     def _updates(self) -> int:
         return self.epochs * (self.frames_per_collection // self.batch_size)
 
@@ -90,24 +96,6 @@ class PPOConfig(RecipeConfig):
     def chosen(self, device: str) -> tuple[dict[str, str], list[str]]:
         """See `RecipeConfig.chosen`."""
         return super(PPOConfig, replace(self, updates_per_collection=self._updates())).chosen(device)
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": {
-        "total_frames": 100_000,
-        "num_envs": 32,
-        "frames_per_collection": 1024,
-        "epochs": 20,
-        "batch_size": 256,
-        "lr": 2e-3,
-        "entropy_coeff": 0.01,
-        "activation": "tanh",
-        "precision": "fp32",
-        "collector": "fused",
-        "eval_every": 8192,
-    },
-}
-"""Tuned options by task."""
 
 
 def build_ppo(config: PPOConfig) -> Pipeline:

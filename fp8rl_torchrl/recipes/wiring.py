@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import random
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -58,6 +58,9 @@ class RecipeConfig(LoopConfig, RunSchedule):
     Raises:
         ValueError: If an option is out of range or names something that does not exist.
     """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Tuned options by task."""
 
     env: str = "CustomEnv"
     """The task: "CustomEnv", or any Gymnasium id."""
@@ -139,6 +142,16 @@ class RecipeConfig(LoopConfig, RunSchedule):
             raise ValueError(f"gamma must lie in [0, 1]; got {self.gamma}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32); got {self.seed}")
+
+    @classmethod
+    def for_task(cls: type[Config], env: str, **options: Any) -> Config:
+        """The tuned preset of a task, with some options set otherwise; the defaults where there is none.
+
+        Args:
+            env: The task.
+            **options: Fields of this class.
+        """
+        return cls(**{"env": env, **cls.PRESETS.get(env, {}), **options})
 
     def resolved(self: Config) -> Config:
         """The same configuration with every default that depends on others, or on this machine, put in its place.

@@ -47,8 +47,9 @@ def test_so_does_a_network_that_is_nearly_all_fp8(seed):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("precision", "collector"), [("fp32", "fused"), ("fp32", "torchrl"), ("bf16", "fused")])
 def test_a2c_solves_custom_env(precision, collector, seed):
+    config = A2CConfig.for_task
     options = {"precision": precision, "collector": collector, "seed": seed}
-    assert train_and_evaluate(A2CConfig, **options) >= SOLVED
+    assert train_and_evaluate(lambda **options: config("CustomEnv", **options), **options) >= SOLVED
 
 
 @pytest.mark.learning

@@ -18,7 +18,6 @@ from fp8rl_torchrl.envs import CartPoleEnv, CustomEnv
 from fp8rl_torchrl.objectives import JointClipPPOLoss, RolloutAdvantage
 from fp8rl_torchrl.precision.linear import Float8Linear
 from fp8rl_torchrl.recipes import PPOConfig, build
-from fp8rl_torchrl.recipes.ppo import PRESETS
 from fp8rl_torchrl.training.flat import FlatParameter
 
 SMALL = PPOConfig(
@@ -81,7 +80,7 @@ def test_resolving_twice_changes_nothing():
 def test_presets():
     preset = PPOConfig.for_task("CartPole-v1")
     assert preset.env == "CartPole-v1"
-    for name, value in PRESETS["CartPole-v1"].items():
+    for name, value in PPOConfig.PRESETS["CartPole-v1"].items():
         assert getattr(preset, name) == value
     assert preset != PPOConfig(env="CartPole-v1")
     assert PPOConfig.for_task("CartPole-v1", seed=3, total_frames=2048) == dataclasses.replace(
