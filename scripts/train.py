@@ -16,6 +16,7 @@ from fp8rl_torchrl.data import CollectorState, restores_exactly
 from fp8rl_torchrl.recipes import RecipeConfig, build, config_class, resolve_precision
 from fp8rl_torchrl.training.checkpoint import PipelineCheckpoints, latest_checkpoint
 from fp8rl_torchrl.training.loop import Report
+from fp8rl_torchrl.training.memory import keep_freed_memory
 from fp8rl_torchrl.training.metrics import Loggers, require_wandb
 from fp8rl_torchrl.training.run import Run
 from fp8rl_torchrl.training.run_folder import RunFolder, write_json
@@ -82,6 +83,7 @@ def main(argv: list[str]) -> int:
     try:
         asked, options = parse(argv)
         torch.set_num_threads(asked.num_threads)
+        keep_freed_memory()
         asked, auto = resolve_precision(asked)
         config = asked.resolved()
         pipeline = build(config)
@@ -141,8 +143,7 @@ def parse(argv: list[str]) -> tuple[RecipeConfig, Options[Any]]:
         default = recipe.from_dict(options)
     else:
         recipe = config_class(_peek(argv, "--algo") or "actor-critic")
-        env, preset = _peek(argv, "--env"), getattr(recipe, "for_task", None)
-        default = recipe() if env is None or preset is None else preset(env)
+        default = recipe.for_task(_peek(argv, "--env") or "CustomEnv")
 
     parsed: Options[Any] = tyro.cli(
         tyro.conf.OmitArgPrefixes[Options[recipe]],
