@@ -53,6 +53,9 @@ class FlatParameter(nn.Parameter):
         flat.views = views
         return flat
 
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        """See the class; all is done where a tensor is made."""
+
     def gather(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """The gradients of the views as the gradient of this; zero where there is none."""
         pairs = zip(self.views, gradients, strict=True)

@@ -124,7 +124,8 @@ class OptimStep(OptimizationStepper):
             raise ValueError(f"cudagraph=True needs a GPU and accumulate=1; got {self.device} and {accumulate}")
         self.compiled, self.captured = compile, cudagraph
         self._gradients = Gradients(self.precision, self.device, leaves, self.single, accumulate, compile)
-        self._captured = CudaGraphModule(self._compute_and_apply) if cudagraph else None
+        update: Any = self._compute_and_apply
+        self._captured: Any = CudaGraphModule(update) if cudagraph else None
         self._one = torch.ones((), device=self.device)
         self._calls = 0
         self._finite = {key: torch.ones((), dtype=torch.bool, device=self.device) for key in self.optimizers}
@@ -195,7 +196,7 @@ class OptimStep(OptimizationStepper):
             scaler, suffix = self.scalers[key], "" if self.single else f"_{key}"
             metrics[f"loss_scale{suffix}"] = self._scale_of(scaler)
             scaler.unscale_(optimizer)
-            norm = self._clip([p.grad for p in self._parameters[key] if p.grad is not None])
+            norm = self._clip(key)
             finite = self._finite[key] & torch.isfinite(norm)
             # GradScaler.step knows of the gradients alone, so the flag that fused optimizers obey is set here. The
             # scale still follows the gradients: an infinite reward is no reason to shrink it.
@@ -215,8 +216,9 @@ class OptimStep(OptimizationStepper):
             finite.fill_(True)
         return metrics
 
-    def _clip(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """Clip the gradients as one vector, and return its norm before that."""
+    def _clip(self, key: str) -> torch.Tensor:
+        """Clip the gradients of an optimizer as one vector, and return its norm before that."""
+        gradients = [p.grad for p in self._parameters[key] if p.grad is not None]
         if len(gradients) == 1:  # for a flat parameter, the general functions would take longer than the arithmetic
             norm = torch.linalg.vector_norm(gradients[0])
             if self.max_grad_norm is not None:
@@ -224,7 +226,7 @@ class OptimStep(OptimizationStepper):
             return norm
         norm = nn.utils.get_total_norm(gradients)
         if self.max_grad_norm is not None:
-            torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
+            nn.utils.clip_grads_with_norm_(self._parameters[key], self.max_grad_norm, norm)
         return norm
 
     def _scale_of(self, scaler: Any) -> torch.Tensor:
