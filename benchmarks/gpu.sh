@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Checks and measures FP8 on this machine's GPU, in under 10 minutes and without a network:
 #   bash benchmarks/gpu.sh OUT
-# Runs the tests marked gpu, the linear benchmark and the ensemble benchmark, and leaves under OUT: log.txt (all that was
-# printed), junit.xml, linear.jsonl, linear.png, linear_profile.txt, ensemble.jsonl, ensemble.png. Exits with 1 if a
-# test or a benchmark failed (the records are there nevertheless), with 2 where there is no CUDA device.
-# Environment: PYTHON (default python3); LINEAR, ENSEMBLE: more options for the two; MAX_SECONDS (default 570);
+# Runs the tests marked gpu and the benchmarks of whole updates, environments, training, linear layers and ensembles, and
+# leaves under OUT: log.txt (all that was printed), junit.xml and each benchmark's records and pictures. Exits with 1 if
+# a test or a benchmark failed (the records are there nevertheless), with 2 where there is no CUDA device.
+# Environment: PYTHON (default python3); WIDE, ENVS, TRAIN, LINEAR, ENSEMBLE: more options for each; MAX_SECONDS (570);
 # DEVICE=cpu tries this script where there is no GPU: the tests skip themselves, and FP8 is emulated.
 set -euo pipefail
 
@@ -57,6 +57,16 @@ fi
 # Without the project's addopts: they ask for pytest-xdist, which may be absent, and two processes would share the GPU.
 run tests 210 "$python" -m pytest -m gpu -o addopts="" -p no:cacheprovider --strict-markers --import-mode=importlib \
   -ra --durations=5 --continue-on-collection-errors --junitxml="$out/junit.xml" "${ignored[@]}" tests
+
+# Whole updates, environments and training, each with a share of the time of its own.
+# shellcheck disable=SC2086
+run wide_update 120 "$python" benchmarks/wide_update.py --device "$device" --out "$out/wide_update" ${WIDE:-}
+# shellcheck disable=SC2086
+run env_throughput 60 "$python" benchmarks/env_throughput.py --device "$device" --out "$out/env_throughput" \
+  ${ENVS:---num-envs 65536 1048576}
+# shellcheck disable=SC2086
+run train_throughput 90 "$python" benchmarks/train_throughput.py --device "$device" --minutes 1 \
+  --out "$out/train_throughput" ${TRAIN:---num-envs 65536 --widths 64 --precisions fp32 bf16}
 
 # What is left, but for the ensembles (60 s) and for a last shape that is begun just in time (45 s).
 left=$((max_seconds - SECONDS - 60))

@@ -36,10 +36,17 @@ def test_it_refuses_where_there_is_no_gpu(tmp_path):
 def test_it_leaves_its_records_also_when_something_fails(tmp_path, fails):
     small = "--widths 16 --batches 16 --repeats 2"
     linear = f"{small} --modes bf16 {'banana' if fails else 'fp8'} --profile 16 16"
-    process = call("out", DEVICE="cpu", LINEAR=linear, ENSEMBLE=f"{small} --sizes 2 --modes fp8")
+    others = {
+        "WIDE": "--width 16 --layers 1 --batch 32 --repeats 1 --seconds 0.01 --modes fp32 --no-compile",
+        "ENVS": "--num-envs 8 --ways rollout --repeats 1 --seconds 0.01",
+        "TRAIN": "--num-envs 8 --widths 16 --precisions fp32 --no-compile --repeats 1 --seconds 0.01",
+    }
+    process = call("out", DEVICE="cpu", LINEAR=linear, ENSEMBLE=f"{small} --sizes 2 --modes fp8", **others)
     left = {path.name for path in (tmp_path / "out").iterdir()}
+    always = {"log.txt", "junit.xml", "ensemble.jsonl", "ensemble.png", "wide_update.jsonl", "env_throughput.jsonl"}
+    always |= {"train_throughput.jsonl", "train_throughput.png"}
     of_linear = {"linear.jsonl", "linear.png", "linear_profile.txt"}
-    assert left == {"log.txt", "junit.xml", "ensemble.jsonl", "ensemble.png"} | (set() if fails else of_linear)
+    assert left == always | (set() if fails else of_linear)
     assert process.returncode == fails, process.stdout + process.stderr
     assert process.stdout.strip().endswith("failed: linear (exit code 2)" if fails else "all passed")
     assert json.loads((tmp_path / "out/ensemble.jsonl").read_text())["mode"] == "fp8"
