@@ -1,4 +1,4 @@
-"""Options for `torch.compile`: rewrites of what Inductor makes slow on a CPU."""
+"""Options for `torch.compile`: rewrites of what Inductor makes slow on a CPU, and calls without idle checks."""
 
 from __future__ import annotations
 
@@ -65,6 +65,11 @@ def _replace(graph: torch.fx.Graph, old: torch.fx.Node, new: torch.fx.Node) -> N
     graph.erase_node(old)
 
 
-def cpu_options() -> dict[str, Any]:
-    """Options for ``torch.compile(options=...)``."""
-    return {"post_grad_custom_post_pass": _RewriteProducts()}
+def compile_options() -> dict[str, Any]:
+    """Options for ``torch.compile(options=...)``.
+
+    What a compiled call checks of the insides of PyTorch's own modules (hooks, for instance) is left out: it costs more
+    than a small network. Do not add hooks to, or replace parts of, modules that have been compiled.
+    """
+    filter = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
+    return {"post_grad_custom_post_pass": _RewriteProducts(), "guard_filter_fn": filter}

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fp8rl_torchrl._inductor import _RewriteProducts, cpu_options
+from fp8rl_torchrl._inductor import _RewriteProducts, compile_options
 
 aten = torch.ops.aten
 
@@ -56,6 +56,6 @@ def test_compiled_gradients_are_the_same():
         return F.relu(F.linear(x, weight, bias)).square().mean()
 
     expected = torch.autograd.grad(loss(), (weight, bias))
-    found = torch.autograd.grad(torch.compile(loss, fullgraph=True, options=cpu_options())(), (weight, bias))
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True, options=compile_options())(), (weight, bias))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)

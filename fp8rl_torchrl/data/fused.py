@@ -13,7 +13,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from fp8rl_torchrl._inductor import cpu_options
+from fp8rl_torchrl._inductor import compile_options
 from fp8rl_torchrl.data.pure import random_action, refuse_impure, unrolled
 
 BLOCK = 8
@@ -90,12 +90,12 @@ class FusedCollector(BaseCollector):
         self.compiled, self.captured = compile, (on_gpu and compile) if cudagraph is None else cudagraph
         self._frames, self._iter = 0, -1
         self._next_traj_id: Any = 0
-        self._begin(self.env.reset())
+        self._begin(self.env.read(self.env.reset()))
         # A code object of its own: what one collector has compiled does not count towards the limit of another.
         block = types.MethodType(_own_code(FusedCollector._block), self)
         # Random numbers from torch's generator, as in eager mode, and not from the compiler's own.
         # And every rounding of a policy in low precision, which the compiler would leave out between operations.
-        options = cpu_options() | {"fallback_random": True, "emulate_precision_casts": True}
+        options = compile_options() | {"fallback_random": True, "emulate_precision_casts": True}
         self._run_block: Any = torch.compile(block, fullgraph=True, options=options) if compile else block
         collect: Any = self._collect
         self._run: Any = CudaGraphModule(collect) if self.captured else collect
@@ -117,23 +117,21 @@ class FusedCollector(BaseCollector):
     @torch.no_grad()
     def rollout(self) -> TensorDictBase:
         """Collect once: a TensorDict ``[N, T]`` that shares no memory with any other."""
-        carrier, env = self._carrier, self.env
         if self.reset_at_each_iter:
             self._restart()
-            carrier = self._carrier
         with set_exploration_type(self.exploration_type):
-            state, observation, columns = self._run(tuple(env.read(carrier)), carrier.get("observation"))
-        self._carrier = self._live_step(self._state(state), observation)
+            state, observation, columns = self._run(tuple(self._state), self._observation)
+        self._state, self._observation = self._state_type(*state), observation
         if self.track_traj_ids:
-            columns["collector", "traj_ids"] = self._number(carrier, columns["next", "done"].squeeze(-1))
-        return _as_tensordict(columns, env.batch_size)
+            columns["collector", "traj_ids"] = self._number(columns["next", "done"].squeeze(-1))
+        return _as_tensordict(columns, self.env.batch_size)
 
-    def _state(self, fields: tuple[torch.Tensor, ...]) -> Any:
-        return type(self.env.read(self._carrier))(*fields)
-
-    def _live_step(self, state: Any, observation: torch.Tensor) -> TensorDict:
+    @property
+    def _carrier(self) -> TensorDict:
+        """The live step, from which the next collection starts, as `Collector` calls and keeps it."""
         running = torch.zeros(self.env.batch_size, dtype=torch.bool, device=self.env.device)
-        return self.env.write(state, observation, running, running)
+        carrier = self.env.write(self._state, self._observation.clone(), running, running).clone()
+        return carrier.set(("collector", "traj_ids"), self._traj_ids.clone()) if self.track_traj_ids else carrier
 
     def _collect(
         self, state: tuple[torch.Tensor, ...], observation: torch.Tensor
@@ -158,7 +156,7 @@ class FusedCollector(BaseCollector):
             chosen.append(self._act(before[-1]))
             return chosen[-1]["action"]
 
-        state, observation, transitions = unrolled(env, self._state(state), observation, act, steps)
+        state, observation, transitions = unrolled(env, self._state_type(*state), observation, act, steps)
         rows = []
         for root, written, (ended, last, reward, *flags) in zip(before, chosen, transitions, strict=True):
             following = env.entries(ended, last, *flags) | {"reward": reward.unsqueeze(-1)}
@@ -176,27 +174,27 @@ class FusedCollector(BaseCollector):
         entries = {key: written.get(key) for key in written.keys(True, True) if not _is_private(key)}
         return {key: value for key, value in entries.items() if value is not seen.get(key)}
 
-    def _number(self, carrier: TensorDictBase, done: torch.Tensor) -> torch.Tensor:
+    def _number(self, done: torch.Tensor) -> torch.Tensor:
         """The number of the episode of each step ``[T, N]``; new ones are numbered in the order in which they began."""
         ends = done.flatten().long().cumsum(0)
         begun = torch.where(done, (ends + (self._next_traj_id - 1)).reshape(done.shape), -1)
-        numbers = torch.cat((carrier.get(("collector", "traj_ids")).unsqueeze(0), begun)).cummax(0).values
+        numbers = torch.cat((self._traj_ids.unsqueeze(0), begun)).cummax(0).values
         self._next_traj_id = self._next_traj_id + ends[-1]
-        self._carrier.set(("collector", "traj_ids"), numbers[-1].clone())
+        self._traj_ids = numbers[-1].clone()
         return numbers[:-1]
 
     def _restart(self) -> None:
         # Of the collector's own state: the environment has not seen the episodes that ended since it was reset.
-        state, env = self.env.read(self._carrier), self.env
-        start = env.pure_reset(state.seed, state.index, state.episode + 1)
-        self._begin(self._live_step(start, env.observe(start)))
+        state = self._state
+        self._begin(self.env.pure_reset(state.seed, state.index, state.episode + 1))
 
-    def _begin(self, starts: TensorDictBase) -> None:
-        self._carrier = starts
+    def _begin(self, state: Any) -> None:
+        self._state_type: Any = type(state)
+        self._state, self._observation = state, self.env.observe(state)
         if self.track_traj_ids:
             batch_size = self.env.batch_size
-            numbers = torch.arange(batch_size.numel(), device=self.env.device).reshape(batch_size) + self._next_traj_id
-            self._carrier.set(("collector", "traj_ids"), numbers)
+            numbers = torch.arange(batch_size.numel(), device=self.env.device).reshape(batch_size)
+            self._traj_ids = numbers + self._next_traj_id
             self._next_traj_id = self._next_traj_id + batch_size.numel()
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
@@ -206,9 +204,8 @@ class FusedCollector(BaseCollector):
             A seed for what comes next, as `torchrl.envs.EnvBase.set_seed` gives it.
         """
         following = self.env.set_seed(seed, static_seed=static_seed)
-        fresh, carrier = self.env.read(self.env.reset()), self._carrier
-        state = self.env.read(carrier)._replace(seed=fresh.seed, index=fresh.index, episode=fresh.episode - 1)
-        carrier.update(self._live_step(state, carrier.get("observation")))
+        fresh = self.env.read(self.env.reset())
+        self._state = self._state._replace(seed=fresh.seed, index=fresh.index, episode=fresh.episode - 1)
         return following
 
     def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
@@ -248,13 +245,16 @@ class FusedCollector(BaseCollector):
 
     def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The counters and the live step, from which another collector continues exactly."""
-        live = self._carrier.clone().to_dict()
+        live = self._carrier.to_dict()
         return {"frames": self._frames, "iter": self._iter, "next_traj_id": int(self._next_traj_id), "live_step": live}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Restore what `state_dict` returned."""
         batch_size, device = self.env.batch_size, self.env.device
-        self._carrier = TensorDict(state_dict["live_step"], batch_size=batch_size).clone().to(device)
+        live = TensorDict(state_dict["live_step"], batch_size=batch_size).clone().to(device)
+        self._state, self._observation = self.env.read(live), live["observation"]
+        if self.track_traj_ids:
+            self._traj_ids = live["collector", "traj_ids"]
         self._frames, self._iter = state_dict["frames"], state_dict["iter"]
         self._next_traj_id = state_dict["next_traj_id"]
 

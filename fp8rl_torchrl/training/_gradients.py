@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from fp8rl_torchrl._inductor import cpu_options
+from fp8rl_torchrl._inductor import compile_options
 from fp8rl_torchrl.precision.mode import Precision
 from fp8rl_torchrl.training._refusals import reaches
 from fp8rl_torchrl.training.flat import FlatParameter
@@ -50,7 +50,7 @@ class Gradients:
         code = Gradients._differentiate.__code__.replace()
         function = types.FunctionType(code, globals(), "differentiate")
         # Otherwise a compiler drops the roundings between the operations that it fuses.
-        options = cpu_options() | {"emulate_precision_casts": precision.autocast_dtype is not None}
+        options = compile_options() | {"emulate_precision_casts": precision.autocast_dtype is not None}
         self._compiled = torch.compile(types.MethodType(function, self), fullgraph=True, options=options)
 
     def __call__(

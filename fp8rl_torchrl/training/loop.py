@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -221,10 +222,14 @@ class Pipeline:
 def _mean_over_applied(updates: list[TensorDict]) -> dict[str, float]:
     """Average each metric over the updates that were applied, reading the device once."""
     names = sorted(str(key) for key in updates[-1].keys())
-    table = torch.stack([update.get(name).float() for update in updates for name in names]).reshape(-1, len(names))
-    skipped = [place for place, name in enumerate(names) if name.startswith("skipped")]
-    applied = table[:, skipped].sum(-1) == 0
-    kept = table.where(applied.unsqueeze(-1), table.new_tensor(float("nan")))
-    means = kept.nanmean(0)
-    means[skipped] = table[:, skipped].mean(0)
-    return dict(zip(names, means.tolist(), strict=True))
+    table = torch.stack([update.get(name).float() for update in updates for name in names])
+    rows = [dict(zip(names, row, strict=True)) for row in table.reshape(-1, len(names)).tolist()]
+    skipped = [name for name in names if name.startswith("skipped")]
+    applied = [row for row in rows if not any(row[name] for name in skipped)]
+    means = {name: _mean([row[name] for row in applied]) for name in names}
+    return means | {name: _mean([row[name] for row in rows]) for name in skipped}
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
