@@ -1,4 +1,7 @@
-"""Train an agent. Without options: the actor-critic on CustomEnv in BF16, about half a minute on a CPU."""
+"""Train an agent. Without options: the actor-critic on CustomEnv in BF16, about half a minute on a CPU.
+
+--algo takes actor-critic, a2c or ppo; "--algo ppo --help" lists the options of that recipe.
+"""
 
 from __future__ import annotations
 

@@ -75,8 +75,10 @@ class FusedCollector(BaseCollector):
         self.env: Any = create_env_fn if isinstance(create_env_fn, EnvBase) else create_env_fn()
         refuse_impure(self.env)
         count, on_gpu = self.env.batch_size.numel(), self.env.device is not None and self.env.device.type == "cuda"
-        if frames_per_batch < 1 or frames_per_batch % count:
-            raise ValueError(f"frames_per_batch must be a multiple of the {count} environments; got {frames_per_batch}")
+        if not isinstance(frames_per_batch, int) or frames_per_batch < 1 or frames_per_batch % count:
+            raise ValueError(
+                f"frames_per_batch must be a positive multiple of the {count} environments; got {frames_per_batch!r}"
+            )
         if total_frames != -1 and total_frames < 1:
             raise ValueError(f"total_frames must be >= 1, or -1 for no end; got {total_frames}")
         if cudagraph and not on_gpu:

@@ -54,7 +54,7 @@ class A2CConfig(RecipeConfig):
         """Refuse what cannot be run."""
         super().__post_init__()
         if self.updates_per_collection != 1 or self.min_replay != 1:
-            raise ValueError("a2c learns from each collection once: updates_per_collection and min_replay are 1")
+            raise ValueError("a2c learns from each collection once: leave out updates_per_collection and min_replay")
         for name in ("lmbda", "lr_final"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1]; got {getattr(self, name)}")

@@ -37,7 +37,7 @@ def choose(
     """
     chosen, reasons = dict(options), []
     eager = collections * (steps * EAGER_STEP + (updates or 1) * EAGER_UPDATE)
-    length = f"about {eager:,.0f} s of eager calls against {COMPILATION:.0f} s of compilation"
+    length = f"about {eager:,.0f} s without, and compiling takes about {COMPILATION:.0f} s"
     if chosen["compile"] == "auto":
         chosen["compile"] = "on" if eager > 2 * COMPILATION else "off"
         reasons.append(f"compile {chosen['compile']}: {length}")
@@ -45,9 +45,9 @@ def choose(
         chosen["collector"] = "fused" if native and chosen["compile"] == "on" else "torchrl"
         why = "the environment has no pure functions" if not native else f"compilation is {chosen['compile']}"
         if native and chosen["compile"] == "on":
-            why = f"a native environment in a run long enough to repay compilation ({length})"
+            why = "a native environment, and the run is long enough to repay compilation"
         elif native:
-            why = f"the run is too short to repay compilation ({length})"
+            why = "the run is too short to repay compilation"
         reasons.append(f"collector {chosen['collector']}: {why}")
     if chosen["cudagraph"] == "auto":
         on = torch.device(device).type == "cuda" and chosen["compile"] == "on"

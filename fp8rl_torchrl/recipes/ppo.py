@@ -82,8 +82,11 @@ class PPOConfig(RecipeConfig):
         for name in ("lmbda", "lr_final"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1]; got {getattr(self, name)}")
-        if not self.clip_epsilon > 0 or min(self.critic_coeff, self.entropy_coeff) < 0:
-            raise ValueError("clip_epsilon must be > 0, critic_coeff and entropy_coeff >= 0")
+        if not self.clip_epsilon > 0:
+            raise ValueError(f"clip_epsilon must be > 0; got {self.clip_epsilon}")
+        for name in ("critic_coeff", "entropy_coeff"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
 
     def _updates(self) -> int:
         return self.epochs * (self.frames_per_collection // self.batch_size)

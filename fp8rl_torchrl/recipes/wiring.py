@@ -130,7 +130,7 @@ class RecipeConfig(LoopConfig, RunSchedule):
         if self.frames_per_collection % self.num_envs:
             raise ValueError(
                 f"frames_per_collection must be a multiple of num_envs; got {self.frames_per_collection} and "
-                f"{self.num_envs}"
+                f"{self.num_envs}: try {self.num_envs * max(1, round(self.frames_per_collection / self.num_envs))}"
             )
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"hidden must name at least one layer, each at least 1 wide; got {self.hidden}")

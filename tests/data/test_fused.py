@@ -59,7 +59,7 @@ def test_an_environment_or_a_function_that_makes_one():
 
 @pytest.mark.parametrize("frames", [0, -8, 3, 10])
 def test_frames_that_make_no_whole_steps_are_refused(frames):
-    message = f"frames_per_batch must be a multiple of the 4 environments; got {frames}"
+    message = f"frames_per_batch must be a positive multiple of the 4 environments; got {frames}"
     with pytest.raises(ValueError, match=message):
         FusedCollector(CustomEnv(4), frames_per_batch=frames)
 

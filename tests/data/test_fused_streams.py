@@ -131,8 +131,8 @@ class ForgetsTheEnd(FusedCollector):
 class CountsBackwards(FusedCollector):
     """Episodes that begin together are numbered from the last environment to the first."""
 
-    def _number(self, carrier, done):
-        numbers = super()._number(carrier, done)
+    def _number(self, done):
+        numbers = super()._number(done)
         return torch.where(numbers < 4, numbers, numbers.flip(1))
 
 
