@@ -1,7 +1,9 @@
-"""Options for `torch.compile`: rewrites of what Inductor makes slow on a CPU, and calls without idle checks."""
+"""`compiled`: `torch.compile` for methods of objects, with rewrites of what Inductor makes slow on a CPU."""
 
 from __future__ import annotations
 
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,8 +31,8 @@ class _RewriteProducts(CustomGraphPass):
             if node.target is aten.addmm.default and not node.kwargs:
                 bias, left, right = node.args
                 with graph.inserting_before(node):
-                    product = _call(graph, aten.mm.default, left, right, like=node)
-                    _replace(graph, node, _call(graph, aten.add.Tensor, product, bias, like=node))
+                    product = _call(graph, aten.mm.default, left, right)
+                    _replace(graph, node, _call(graph, aten.add.Tensor, product, bias))
             elif node.target is aten.mm.default and _is_narrow_weight_gradient(node):
                 left, right = node.args
                 with graph.inserting_before(node):
@@ -53,7 +55,7 @@ def _is_narrow_weight_gradient(node: torch.fx.Node) -> bool:
     return value.shape[1] < NARROW <= value.shape[0] and bool(rows > value.shape[0])
 
 
-def _call(graph: torch.fx.Graph, target: Any, *arguments: Any, like: torch.fx.Node | None = None) -> torch.fx.Node:
+def _call(graph: torch.fx.Graph, target: Any, *arguments: Any) -> torch.fx.Node:
     node = graph.call_function(target, arguments)
     values = [each.meta["val"] if isinstance(each, torch.fx.Node) else each for each in arguments]
     node.meta["val"] = target(*values)
@@ -65,11 +67,18 @@ def _replace(graph: torch.fx.Graph, old: torch.fx.Node, new: torch.fx.Node) -> N
     graph.erase_node(old)
 
 
-def compile_options() -> dict[str, Any]:
-    """Options for ``torch.compile(options=...)``.
+def compiled(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compile a method of one object, as one graph.
 
-    What a compiled call checks of the insides of PyTorch's own modules (hooks, for instance) is left out: it costs more
-    than a small network. Do not add hooks to, or replace parts of, modules that have been compiled.
+    The compiled method has a code object of its own: PyTorch counts compilations by code object, and gives up after
+    some, so that otherwise the objects of one class would use up each other's.
+
+    Args:
+        method: A bound method.
+        **options: Further options of Inductor.
     """
-    filter = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
-    return {"post_grad_custom_post_pass": _RewriteProducts(), "guard_filter_fn": filter}
+    assert isinstance(method, types.MethodType)
+    function: Any = method.__func__
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    options = {"post_grad_custom_post_pass": _RewriteProducts(), **options}
+    return torch.compile(types.MethodType(own, method.__self__), fullgraph=True, options=options)

@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fp8rl_torchrl._inductor import _RewriteProducts, compile_options
+from fp8rl_torchrl._inductor import _RewriteProducts, compiled
+from fp8rl_torchrl.precision.convert import convert
+from fp8rl_torchrl.precision.mode import Precision
 
 aten = torch.ops.aten
 
@@ -48,14 +51,46 @@ def test_a_forward_product_with_few_columns_is_left_alone():
     assert before == after
 
 
+class Model:
+    """Something with a method to compile."""
+
+    def __init__(self, *layers):
+        self.module = nn.Sequential(*layers)
+
+    def run(self, x):
+        return self.module(x)
+
+    def gradients(self, x):
+        return torch.autograd.grad(F.relu(self.module(x)).square().mean(), list(self.module.parameters()))
+
+
 @pytest.mark.slow
 def test_compiled_gradients_are_the_same():
-    x, weight, bias = torch.randn(256, 2), torch.randn(64, 2, requires_grad=True), torch.randn(64, requires_grad=True)
-
-    def loss():
-        return F.relu(F.linear(x, weight, bias)).square().mean()
-
-    expected = torch.autograd.grad(loss(), (weight, bias))
-    found = torch.autograd.grad(torch.compile(loss, fullgraph=True, options=compile_options())(), (weight, bias))
-    for ours, theirs in zip(found, expected, strict=True):
+    x, model = torch.randn(256, 2), Model(nn.Linear(2, 64))
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        found = compiled(model.gradients)(x)
+    for ours, theirs in zip(found, model.gradients(x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_changes_of_a_compiled_module_are_seen():
+    """None is silently ignored: evaluation mode, another layer, a conversion to FP8."""
+    model, x = Model(nn.Linear(32, 32), nn.Dropout(0.9), nn.Linear(32, 32), nn.Linear(32, 2)), torch.randn(8, 32)
+    run = compiled(model.run)
+    run(x)
+    model.module.eval()
+    torch.testing.assert_close(run(x), model.run(x))
+    model.module[0] = nn.Linear(32, 32)
+    torch.testing.assert_close(run(x), model.run(x))
+    high = model.run(x)
+    convert(model.module, Precision("fp8", base="fp32"))
+    torch.testing.assert_close(run(x), model.run(x))
+    assert not torch.allclose(run(x), high, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_many_objects_do_not_use_up_each_others_compilations():
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        model, x = Model(nn.Linear(2, 2)), torch.randn(4, 2)
+        torch.testing.assert_close(compiled(model.run)(x), model.run(x))

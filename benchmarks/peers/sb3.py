@@ -120,10 +120,10 @@ def vectorised(order: Order) -> Any:
             return [getattr(self.env, attr_name, None)] * order.num_envs
 
         def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-            raise NotImplementedError
+            raise NotImplementedError("not needed to train; VecEnv asks for it")
 
         def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-            raise NotImplementedError
+            raise NotImplementedError("not needed to train; VecEnv asks for it")
 
         def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> Sequence[bool]:
             return [False] * order.num_envs

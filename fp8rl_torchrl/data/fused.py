@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from fp8rl_torchrl._inductor import compile_options
+from fp8rl_torchrl._inductor import compiled
 from fp8rl_torchrl.data.pure import random_action, refuse_impure, unrolled
 
 BLOCK = 8
@@ -24,9 +23,10 @@ class FusedCollector(BaseCollector):
     """TorchRL's `Collector` for environments that are pure functions, many steps at a time without any overhead.
 
     The TensorDicts that it yields have the layout ``[N, T]`` and the keys of `torchrl.collectors.Collector`'s, and the
-    same content: start states are the same, and so are sampled actions, because compiled code draws its random numbers
-    from torch's global generator in the same order. (Where a compiler rounds a probability differently, an action can
-    differ once in millions.) In memory they lie time-major.
+    same content: start states are the same, and so are sampled actions where torch's global generator is in the same
+    state when collecting begins, because compiled code draws its random numbers from it in the same order. (A
+    `Collector` draws some while it is built: seed after that to compare. And where a compiler rounds a probability
+    differently, an action can differ once in millions.) In memory they lie time-major.
 
     On a CPU, blocks of steps are compiled. On a GPU a whole collection is captured as a CUDA graph besides; random
     numbers then come from the graph's own place in the generator's stream, so that actions have the same distribution
@@ -93,12 +93,10 @@ class FusedCollector(BaseCollector):
         self._frames, self._iter = 0, -1
         self._next_traj_id: Any = 0
         self._begin(self.env.read(self.env.reset()))
-        # A code object of its own: what one collector has compiled does not count towards the limit of another.
-        block = types.MethodType(_own_code(FusedCollector._block), self)
         # Random numbers from torch's generator, as in eager mode, and not from the compiler's own.
         # And every rounding of a policy in low precision, which the compiler would leave out between operations.
-        options = compile_options() | {"fallback_random": True, "emulate_precision_casts": True}
-        self._run_block: Any = torch.compile(block, fullgraph=True, options=options) if compile else block
+        options = {"fallback_random": True, "emulate_precision_casts": True}
+        self._run_block: Any = compiled(self._block, **options) if compile else self._block
         collect: Any = self._collect
         self._run: Any = CudaGraphModule(collect) if self.captured else collect
 
@@ -263,15 +261,6 @@ class FusedCollector(BaseCollector):
 
 def _is_private(key: Any) -> bool:
     return any(name.startswith("_") for name in ([key] if isinstance(key, str) else key))
-
-
-def _own_code(function: Callable[..., Any]) -> types.FunctionType:
-    assert isinstance(function, types.FunctionType)
-    copied = types.FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__
-    )
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
 
 
 def _as_tensordict(columns: Mapping[Any, torch.Tensor], batch_size: torch.Size) -> TensorDict:

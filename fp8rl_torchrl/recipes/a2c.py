@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from fp8rl_torchrl.objectives.a2c import RolloutA2CLoss
-from fp8rl_torchrl.recipes.wiring import RecipeConfig, linear_decay, seed_everything, truncations_within
+from fp8rl_torchrl.recipes.on_policy import OnPolicyConfig
+from fp8rl_torchrl.recipes.wiring import linear_decay, seed_everything, truncations_within
 from fp8rl_torchrl.training.loop import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
-class A2CConfig(RecipeConfig):
+class A2CConfig(OnPolicyConfig):
     """Options of advantage actor-critic.
 
     Raises:
@@ -29,43 +30,13 @@ class A2CConfig(RecipeConfig):
     """Environments stepped side by side."""
     frames_per_collection: int = 8192
     """Environment steps between two updates, over all environments."""
-    updates_per_collection: int = 1
-    """Always 1: the policy that an update learns from is the one that it changes."""
-    min_replay: int = 1
-    """Not used: nothing is replayed."""
     eval_every: int = 500_000
     """Evaluate after this many environment steps; 0 evaluates at the end only."""
     activation: Literal["tanh", "relu"] = "relu"
     """The nonlinearity after each layer; relu is several times cheaper on a CPU."""
-    lmbda: float = 0.95
-    """Trace parameter of the advantages; 1 gives n-step returns."""
-    critic_coeff: float = 0.5
-    """Weight of the critic's loss."""
-    entropy_coeff: float = 0.01
-    """Weight of the entropy bonus."""
-    normalize_advantage: bool = True
-    """Whether a collection's advantages are shifted and scaled to mean 0 and standard deviation 1."""
-    lr_decay_updates: int | None = None
-    """The learning rate falls linearly over this many updates, by default the whole run's, ..."""
-    lr_final: float = 0.05
-    """... to this fraction of lr, and stays there."""
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
-        super().__post_init__()
-        if self.updates_per_collection != 1 or self.min_replay != 1:
-            raise ValueError("a2c learns from each collection once: leave out updates_per_collection and min_replay")
-        for name in ("lmbda", "lr_final"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1]; got {getattr(self, name)}")
-        if min(self.critic_coeff, self.entropy_coeff) < 0:
-            raise ValueError("critic_coeff and entropy_coeff must be >= 0")
-        if self.lr_decay_updates is not None and self.lr_decay_updates < 1:
-            raise ValueError(f"lr_decay_updates must be >= 1; got {self.lr_decay_updates}")
-
-    def resolved(self) -> A2CConfig:
-        """See `RecipeConfig.resolved`; the length of the decay is that of the run as it was started."""
-        return replace(super().resolved(), lr_decay_updates=self.lr_decay_updates or self._collections())
+    def _updates(self) -> int:
+        return 1
 
 
 def build_a2c(config: A2CConfig) -> Pipeline:

@@ -20,7 +20,7 @@ def choose(
     device: str,
     collections: int,
     steps: int,
-    updates: int | None,
+    updates: int,
 ) -> tuple[dict[str, str], list[str]]:
     """Decide what each ``auto`` stands for.
 
@@ -30,24 +30,25 @@ def choose(
         device: Where the run computes.
         collections: About how many collections it has.
         steps: Steps of every environment in each.
-        updates: Updates after each; None counts as one.
+        updates: Updates after each.
 
     Returns:
         The three options, decided, and a sentence for each that was not given.
     """
     chosen, reasons = dict(options), []
-    eager = collections * (steps * EAGER_STEP + (updates or 1) * EAGER_UPDATE)
+    eager = collections * (steps * EAGER_STEP + updates * EAGER_UPDATE)
     length = f"about {eager:,.0f} s without, and compiling takes about {COMPILATION:.0f} s"
     if chosen["compile"] == "auto":
         chosen["compile"] = "on" if eager > 2 * COMPILATION else "off"
         reasons.append(f"compile {chosen['compile']}: {length}")
     if chosen["collector"] == "auto":
         chosen["collector"] = "fused" if native and chosen["compile"] == "on" else "torchrl"
-        why = "the environment has no pure functions" if not native else f"compilation is {chosen['compile']}"
-        if native and chosen["compile"] == "on":
-            why = "a native environment, and the run is long enough to repay compilation"
-        elif native:
-            why = "the run is too short to repay compilation"
+        if not native:
+            why = "the environment has no pure functions"
+        elif chosen["compile"] == "on":
+            why = "a native environment, in a compiled run"
+        else:
+            why = "the run is not compiled"
         reasons.append(f"collector {chosen['collector']}: {why}")
     if chosen["cudagraph"] == "auto":
         on = torch.device(device).type == "cuda" and chosen["compile"] == "on"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from fp8rl_torchrl.data.replay import rollout_buffer
 from fp8rl_torchrl.objectives.advantages import RolloutAdvantage
 from fp8rl_torchrl.objectives.ppo import JointClipPPOLoss
-from fp8rl_torchrl.recipes.wiring import RecipeConfig, linear_decay, seed_everything, truncations_within
+from fp8rl_torchrl.recipes.on_policy import OnPolicyConfig
+from fp8rl_torchrl.recipes.wiring import linear_decay, seed_everything, truncations_within
 from fp8rl_torchrl.training.loop import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(RecipeConfig):
+class PPOConfig(OnPolicyConfig):
     """Options of proximal policy optimisation.
 
     Raises:
@@ -48,57 +49,24 @@ class PPOConfig(RecipeConfig):
     """Passes over each collection."""
     batch_size: int = 512
     """Transitions in a minibatch; divides frames_per_collection."""
-    updates_per_collection: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Follows from epochs and batch_size; not to be set."""
-    min_replay: int = 1
-    """Not used: every collection is learned from."""
     clip_epsilon: float = 0.2
     """The ratio of new to old policy gains nothing beyond 1 plus or minus this."""
-    lmbda: float = 0.95
-    """Trace parameter of the advantages; 1 gives n-step returns."""
-    critic_coeff: float = 0.5
-    """Weight of the critic's loss."""
-    entropy_coeff: float = 0.01
-    """Weight of the entropy bonus."""
-    normalize_advantage: bool = True
-    """Whether a minibatch's advantages are shifted and scaled to mean 0 and standard deviation 1."""
-    lr_decay_updates: int | None = None
-    """The learning rate falls linearly over this many updates, by default the whole run's, ..."""
-    lr_final: float = 0.05
-    """... to this fraction of lr, and stays there."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
-        super().__post_init__()
-        for name in ("epochs", "batch_size", "lr_decay_updates"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
         if self.frames_per_collection % self.batch_size:
             raise ValueError(
                 f"batch_size must divide frames_per_collection; got {self.batch_size} and {self.frames_per_collection}"
             )
-        if self.updates_per_collection not in (None, self._updates()):
-            raise ValueError("updates_per_collection follows from epochs and batch_size: set those")
-        for name in ("lmbda", "lr_final"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1]; got {getattr(self, name)}")
         if not self.clip_epsilon > 0:
             raise ValueError(f"clip_epsilon must be > 0; got {self.clip_epsilon}")
-        for name in ("critic_coeff", "entropy_coeff"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
+        super().__post_init__()
 
     def _updates(self) -> int:
         return self.epochs * (self.frames_per_collection // self.batch_size)
-
-    def resolved(self) -> PPOConfig:
-        """See `RecipeConfig.resolved`; the length of the decay is that of the run as it was started."""
-        decay = self.lr_decay_updates or self._updates() * self._collections()
-        return replace(super().resolved(), updates_per_collection=self._updates(), lr_decay_updates=decay)
-
-    def chosen(self, device: str) -> tuple[dict[str, str], list[str]]:
-        """See `RecipeConfig.chosen`."""
-        return super(PPOConfig, replace(self, updates_per_collection=self._updates())).chosen(device)
 
 
 def build_ppo(config: PPOConfig) -> Pipeline:

@@ -186,8 +186,12 @@ class RecipeConfig(LoopConfig, RunSchedule):
             device=device,
             collections=self._collections(),
             steps=self.frames_per_collection // self.num_envs,
-            updates=self.updates_per_collection,
+            updates=self._updates(),
         )
+
+    def _updates(self) -> int:
+        """Updates after each collection."""
+        return self.updates_per_collection
 
     def _collections(self) -> int:
         """About how many collections the run has; an episode is taken to last 100 steps."""

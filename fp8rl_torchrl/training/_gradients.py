@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from fp8rl_torchrl._inductor import compile_options
+from fp8rl_torchrl._inductor import compiled
 from fp8rl_torchrl.precision.mode import Precision
 from fp8rl_torchrl.training._refusals import reaches
 from fp8rl_torchrl.training.flat import FlatParameter
@@ -46,12 +45,9 @@ class Gradients:
         self.precision, self.device, self.leaves = precision, device, dict(leaves)
         self.single, self.accumulate, self.compile = single, accumulate, compile
         self.checked = False
-        # Code of its own: what one step has compiled does not count towards the limit of another.
-        code = Gradients._differentiate.__code__.replace()
-        function = types.FunctionType(code, globals(), "differentiate")
         # Otherwise a compiler drops the roundings between the operations that it fuses.
-        options = compile_options() | {"emulate_precision_casts": precision.autocast_dtype is not None}
-        self._compiled = torch.compile(types.MethodType(function, self), fullgraph=True, options=options)
+        rounds = precision.autocast_dtype is not None
+        self._compiled = compiled(self._differentiate, emulate_precision_casts=rounds)
 
     def __call__(
         self,

@@ -24,7 +24,7 @@ def chosen(options=None, **given):
         (1000, 32, 1, 33, "off"),  # 1000 x (32 + 1) ms
         (1000, 32, 58, 90, "off"),  # exactly twice the compilation does not repay it
         (1000, 32, 59, 91, "on"),
-        (1000, 90, None, 91, "on"),  # where their number is not known, one update
+        (1000, 90, 1, 91, "on"),
         (10_000, 8, 24, 320, "on"),
         (1, 1, 1, 0, "off"),
     ],

@@ -53,7 +53,7 @@ def test_what_was_chosen_is_printed_before_training(capsys):
     output = capsys.readouterr().out
     compile, collector = "compile off: about 0 s without, and compiling takes about 45 s", "collector torchrl: "
     assert compile in output
-    assert f"{collector}the run is too short to repay compilation" in output
+    assert f"{collector}the run is not compiled" in output
     assert output.index(compile) < output.index(collector) < output.index("evaluation return")
     config = config_of("run")
     assert (config["compile"], config["collector"], config["cudagraph"]) == ("off", "torchrl", "off")
@@ -69,7 +69,7 @@ def test_what_was_given_needs_no_reason(capsys):
 
 def test_the_default_recipe_says_what_it_chose_too(capsys):
     assert call(train, *PPO, "--min-replay=64", "--total-frames=64", "--run-dir=run") == 0
-    assert "collector torchrl: the run is too short" in capsys.readouterr().out
+    assert "collector torchrl: the run is not compiled" in capsys.readouterr().out
 
 
 def test_a_resumed_run_keeps_what_was_chosen(capsys):
@@ -109,7 +109,7 @@ def test_where_there_is_no_preset_the_defaults_hold():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--algo=a2c", "--updates-per-collection=2"], "a2c learns from each collection once"),
+        (["--algo=a2c", "--updates-per-collection=2"], "are not options of this recipe"),
         (["--algo=ppo", "--batch-size=500"], "batch_size must divide frames_per_collection"),
         (["--algo=ppo", "--env=Acrobot-v1", "--collector=fused"], "Acrobot-v1 has none: use torchrl"),
         (["--algo=a2c", "--device=cpu", "--cudagraph=on"], "cudagraph='on' needs a GPU"),
