@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tensordict.nn import CudaGraphModule
 
-from fp8rl_torchrl.data.pure import unrolled
+from fp8rl_torchrl.data.pure import Starts, Table, unrolled
 
 
 def at_the_edge(function: Callable[..., Any], compiled: bool, device: torch.device) -> Callable[..., Any]:
@@ -39,14 +39,15 @@ class Dynamics:
         self._size, self._actions = (block, *env.batch_size), env.action_spec.n
         self._blocks, self._fixed, kind = blocks, fixed, env.state_type
 
-        def run(state: tuple[torch.Tensor, ...], actions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def run(state: tuple[torch.Tensor, ...], actions: torch.Tensor, table: Table) -> tuple[torch.Tensor, ...]:
             given, first = iter(actions.unbind(0)), kind(*state)
             # The observations are seen by nobody, and a compiler leaves them out.
-            return tuple(unrolled(env, first, env.observe(first), lambda *_: next(given), block)[0])
+            return tuple(unrolled(env, first, env.observe(first), lambda *_: next(given), block, table)[0])
 
         device: Any = env.device
         self._device, self._drawn = device, self._draw_on(device)
-        self._run = at_the_edge(run, compiled, device)
+        self._kind, self._run = kind, at_the_edge(run, compiled, device)
+        self._starts = Starts(env, lambda compute: at_the_edge(compute, compiled, device))
 
     def _draw_on(self, device: torch.device) -> torch.Tensor:
         return torch.randint(0, self._actions, self._size, device=device)
@@ -56,4 +57,5 @@ class Dynamics:
         """Do the steps of one call."""
         for _ in range(self._blocks):
             actions = self._drawn if self._fixed else self._draw_on(self._device)
-            self.state = self._run(self.state, actions)
+            table = self._starts.ahead(self._kind(*self.state), self._size[0])
+            self.state = self._run(self.state, actions, table)

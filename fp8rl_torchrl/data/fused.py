@@ -13,10 +13,14 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from fp8rl_torchrl._inductor import compiled
-from fp8rl_torchrl.data.pure import random_action, refuse_impure, unrolled
+from fp8rl_torchrl.data.pure import Starts, Table, random_action, refuse_impure, unrolled
 
 BLOCK = 8
 """Steps that are compiled together: more take longer to compile, fewer make more calls."""
+
+Live = tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor, torch.Tensor]
+"""The state, its observation, the numbers of the running episodes ``[N]`` and the number of the next one ``[]``."""
+Columns = dict[Any, torch.Tensor]
 
 
 class FusedCollector(BaseCollector):
@@ -83,7 +87,7 @@ class FusedCollector(BaseCollector):
             raise ValueError(f"total_frames must be >= 1, or -1 for no end; got {total_frames}")
         if cudagraph and not on_gpu:
             raise ValueError(f"cudagraph=True needs an environment on a GPU; this one is on {self.env.device}")
-        self.policy = policy
+        self.policy, self._action_spec = policy, self.env.action_spec
         self.steps = frames_per_batch // count
         self.frames_per_batch = self.requested_frames_per_batch = frames_per_batch
         self.total_frames = total_frames
@@ -91,7 +95,8 @@ class FusedCollector(BaseCollector):
         self.reset_at_each_iter, self.postproc = reset_at_each_iter, postproc
         self.compiled, self.captured = compile, (on_gpu and compile) if cudagraph is None else cudagraph
         self._frames, self._iter = 0, -1
-        self._next_traj_id: Any = 0
+        self._next_traj_id = torch.zeros((), dtype=torch.int64, device=self.env.device)
+        self._starts = Starts(self.env, compiled if compile else lambda function: function)
         self._begin(self.env.read(self.env.reset()))
         # Random numbers from torch's generator, as in eager mode, and not from the compiler's own.
         # And every rounding of a policy in low precision, which the compiler would leave out between operations.
@@ -120,10 +125,9 @@ class FusedCollector(BaseCollector):
         if self.reset_at_each_iter:
             self._restart()
         with set_exploration_type(self.exploration_type):
-            state, observation, columns = self._run(tuple(self._state), self._observation)
-        self._state, self._observation = self._state_type(*state), observation
-        if self.track_traj_ids:
-            columns["collector", "traj_ids"] = self._number(columns["next", "done"].squeeze(-1))
+            live, columns = self._run((tuple(self._state), self._observation, self._traj_ids, self._next_traj_id))
+        state, self._observation, self._traj_ids, self._next_traj_id = live
+        self._state = self._state_type(*state)
         return _as_tensordict(columns, self.env.batch_size)
 
     @property
@@ -133,21 +137,20 @@ class FusedCollector(BaseCollector):
         carrier = self.env.write(self._state, self._observation.clone(), running, running).clone()
         return carrier.set(("collector", "traj_ids"), self._traj_ids.clone()) if self.track_traj_ids else carrier
 
-    def _collect(
-        self, state: tuple[torch.Tensor, ...], observation: torch.Tensor
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, dict[Any, torch.Tensor]]:
-        blocks: list[dict[Any, torch.Tensor]] = []
+    def _collect(self, live: Live) -> tuple[Live, Columns]:
+        blocks: list[Columns] = []
         for done in range(0, self.steps, BLOCK):
-            state, observation, columns = self._run_block(state, observation, min(BLOCK, self.steps - done))
+            steps = min(BLOCK, self.steps - done)
+            table = self._starts.ahead(self._state_type(*live[0]), steps)
+            live, columns = self._run_block(live, table, steps)
             blocks.append(columns)
-        if len(blocks) == 1:
-            return state, observation, blocks[0]
-        return state, observation, {key: torch.cat([block[key] for block in blocks]) for key in blocks[0]}
+        return live, blocks[0] if len(blocks) == 1 else {
+            k: torch.cat([block[k] for block in blocks]) for k in blocks[0]
+        }
 
-    def _block(
-        self, state: Any, observation: torch.Tensor, steps: int
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, dict[Any, torch.Tensor]]:
-        """Some steps as plain tensors: the state and the observation after them, and what is stored, ``[steps, N]``."""
+    def _block(self, live: Live, table: Table, steps: int) -> tuple[Live, Columns]:
+        """Some steps as plain tensors: what the next block goes on from, and what is stored, ``[steps, N]``."""
+        state, observation, traj_ids, next_traj_id = live
         env, before, chosen = self.env, [], []
         running = torch.zeros(env.batch_size, dtype=torch.bool, device=env.device)
 
@@ -156,32 +159,38 @@ class FusedCollector(BaseCollector):
             chosen.append(self._act(before[-1]))
             return chosen[-1]["action"]
 
-        state, observation, transitions = unrolled(env, self._state_type(*state), observation, act, steps)
+        state, observation, transitions = unrolled(env, self._state_type(*state), observation, act, steps, table)
         rows = []
         for root, written, (ended, last, reward, *flags) in zip(before, chosen, transitions, strict=True):
             following = env.entries(ended, last, *flags) | {"reward": reward.unsqueeze(-1)}
             next_ = {("next", *((key,) if isinstance(key, str) else key)): each for key, each in following.items()}
             rows.append({**root, **written, **next_})
-        return tuple(state), observation, {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        columns = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        if self.track_traj_ids:
+            done = columns["next", "done"].squeeze(-1)
+            columns["collector", "traj_ids"], traj_ids, next_traj_id = self._number(done, traj_ids, next_traj_id)
+        return (tuple(state), observation, traj_ids, next_traj_id), columns
 
     def _act(self, root: dict[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
         """What the policy writes, by key; what it keeps to itself begins with an underscore."""
         if self.policy is None:
-            return {"action": random_action(self.env)}
+            return {"action": random_action(self._action_spec)}
         seen = {key: root[key] for key in getattr(self.policy, "in_keys", root)}
         written = self.policy(TensorDict(seen, batch_size=self.env.batch_size, device=self.env.device))
         # What it has only read is still the same object.
         entries = {key: written.get(key) for key in written.keys(True, True) if not _is_private(key)}
         return {key: value for key, value in entries.items() if value is not seen.get(key)}
 
-    def _number(self, done: torch.Tensor) -> torch.Tensor:
+    def _number(
+        self, done: torch.Tensor, traj_ids: torch.Tensor, next_traj_id: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The number of the episode of each step ``[T, N]``; new ones are numbered in the order in which they began."""
-        ends = done.flatten().long().cumsum(0)
-        begun = torch.where(done, (ends + (self._next_traj_id - 1)).reshape(done.shape), -1)
-        numbers = torch.cat((self._traj_ids.unsqueeze(0), begun)).cummax(0).values
-        self._next_traj_id = self._next_traj_id + ends[-1]
-        self._traj_ids = numbers[-1].clone()
-        return numbers[:-1]
+        ends = done.flatten().cumsum(0, dtype=torch.int64)
+        begun = (ends + (next_traj_id - 1)).reshape(done.shape)
+        numbers = [traj_ids]
+        for ended, new in zip(done, begun, strict=True):
+            numbers.append(torch.where(ended, new, numbers[-1]))
+        return torch.stack(numbers[:-1]), numbers[-1], next_traj_id + ends[-1]
 
     def _restart(self) -> None:
         # Of the collector's own state: the environment has not seen the episodes that ended since it was reset.
@@ -190,12 +199,12 @@ class FusedCollector(BaseCollector):
 
     def _begin(self, state: Any) -> None:
         self._state_type: Any = type(state)
+        self._starts.forget()
         self._state, self._observation = state, self.env.observe(state)
-        if self.track_traj_ids:
-            batch_size = self.env.batch_size
-            numbers = torch.arange(batch_size.numel(), device=self.env.device).reshape(batch_size)
-            self._traj_ids = numbers + self._next_traj_id
-            self._next_traj_id = self._next_traj_id + batch_size.numel()
+        batch_size = self.env.batch_size
+        numbers = torch.arange(batch_size.numel(), device=self.env.device).reshape(batch_size)
+        self._traj_ids = numbers + self._next_traj_id
+        self._next_traj_id = self._next_traj_id + batch_size.numel()
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
         """Seed the environment: as with `Collector`, running episodes end as they began, the next ones are new.
@@ -205,6 +214,7 @@ class FusedCollector(BaseCollector):
         """
         following = self.env.set_seed(seed, static_seed=static_seed)
         fresh = self.env.read(self.env.reset())
+        self._starts.forget()
         self._state = self._state._replace(seed=fresh.seed, index=fresh.index, episode=fresh.episode - 1)
         return following
 
@@ -253,10 +263,11 @@ class FusedCollector(BaseCollector):
         batch_size, device = self.env.batch_size, self.env.device
         live = TensorDict(state_dict["live_step"], batch_size=batch_size).clone().to(device)
         self._state, self._observation = self.env.read(live), live["observation"]
+        self._starts.forget()
         if self.track_traj_ids:
             self._traj_ids = live["collector", "traj_ids"]
         self._frames, self._iter = state_dict["frames"], state_dict["iter"]
-        self._next_traj_id = state_dict["next_traj_id"]
+        self._next_traj_id = torch.tensor(state_dict["next_traj_id"], device=device)
 
 
 def _is_private(key: Any) -> bool:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torchrl.data import Bounded
+from torchrl.data import Bounded, TensorSpec
 from torchrl.envs import EnvBase
 
 PURE = ("pure_step", "pure_reset", "observe", "read", "write", "entries")
 
-_CONSTANT = ("seed", "index")
-"""Fields of a state that no step and no reset changes."""
+AHEAD = 32
+"""Episodes of each environment in a table of starts, on a CPU."""
+
+_COUNTERS = ("seed", "index", "episode")
+"""Fields of a state of which a reset changes the last alone, by one."""
 
 
 class PureEnv(Protocol):
@@ -54,8 +57,57 @@ class PureEnv(Protocol):
         ...
 
 
+class Table(NamedTuple):
+    """Where the next episodes of each environment start."""
+
+    before: torch.Tensor
+    """int64 ``[N]``: the number of the episode before the first of them."""
+    states: tuple[torch.Tensor, ...]
+    """Their states, each field ``[episodes, N, ...]``."""
+
+
+class Starts:
+    """Looks up where episodes start, instead of computing it at every step.
+
+    Hashing in every step would take minutes to compile, and in eager mode most of the time. On a CPU, where reading a
+    value costs nothing, a table serves until some environment may come to its end; on a GPU each block has its own.
+
+    Args:
+        env: The environment.
+        on_gpu: Applied to the function that computes a table, on a GPU, to compile it. On a CPU that is too rare.
+    """
+
+    def __init__(self, env: PureEnv, on_gpu: Callable[[Callable[..., Any]], Any] = lambda function: function) -> None:
+        self.env = env
+        self._compute_on_gpu = on_gpu(self._compute)
+        self._table: Table | None = None
+
+    def ahead(self, state: Any, steps: int) -> Table:
+        """A table that lasts for some steps from a state on."""
+        if state.episode.device.type != "cpu":
+            return self._compute_on_gpu(state.seed, state.index, state.episode, steps)
+        known = self._table
+        if known is None or int((state.episode - known.before).max()) + steps > len(known.states[0]):
+            self._table = known = self._compute(state.seed, state.index, state.episode, max(steps, AHEAD))
+        return known
+
+    def forget(self) -> None:
+        """What is looked up next may be other environments: of another seed, or another place in their episodes."""
+        self._table = None
+
+    def _compute(self, seed: torch.Tensor, index: torch.Tensor, episode: torch.Tensor, episodes: int) -> Table:
+        ahead = torch.arange(1, episodes + 1, device=episode.device).reshape(-1, *[1] * episode.ndim) + episode
+        # A copy: a block that is given the same tensor twice is compiled for that, and again when they differ.
+        return Table(episode.clone(), tuple(self.env.pure_reset(seed.expand_as(ahead), index.expand_as(ahead), ahead)))
+
+
 def unrolled(
-    env: PureEnv, state: Any, observation: torch.Tensor, act: Callable[[Any, torch.Tensor], torch.Tensor], steps: int
+    env: PureEnv,
+    state: Any,
+    observation: torch.Tensor,
+    act: Callable[[Any, torch.Tensor], torch.Tensor],
+    steps: int,
+    table: Table,
 ) -> tuple[Any, torch.Tensor, list[tuple[Any, ...]]]:
     """Some steps of every environment; those whose episode ends start the next one.
 
@@ -65,13 +117,14 @@ def unrolled(
         observation: The observation of that state.
         act: Maps a state and its observation to actions.
         steps: How many.
+        table: Of `Starts.ahead`, for as many steps.
 
     Returns:
         The state and the observation after the steps and their resets, and what `PureEnv.pure_step` returned in each.
     """
     transitions = []
     looks = state.episode.device.type == "cpu" and not torch.compiler.is_compiling()  # reading a value costs nothing
-    first, starts, resets = state, None, torch.zeros_like(state.episode)
+    starts = type(state)(*table.states)
     for _ in range(steps):
         transition = env.pure_step(state, act(state, observation))
         transitions.append(transition)
@@ -79,24 +132,12 @@ def unrolled(
         done = terminated | truncated
         if looks and not done.any():
             continue
-        starts = _starts(env, first, steps) if starts is None else starts
-        picked = {name: _pick(field, resets) for name, field in starts._asdict().items() if name not in _CONSTANT}
-        start = state._replace(**picked)
-        resets = resets + done
+        row = state.episode - table.before
+        picked = {name: _pick(field, row) for name, field in starts._asdict().items() if name not in _COUNTERS}
+        start = state._replace(**picked, episode=state.episode + 1)
         observation = _where(done, env.observe(start), observation)
-        state = state._replace(**{name: _where(done, new, getattr(state, name)) for name, new in picked.items()})
+        state = type(state)(*(_where(done, new, old) for new, old in zip(start, state, strict=True)))
     return state, observation, transitions
-
-
-def _starts(env: PureEnv, state: Any, steps: int) -> Any:
-    """The starts of the episodes after the running ones, each field ``[steps, N, ...]``: more can not begin.
-
-    These are one computation beforehand, and a reset is a look into this table: hashing in every step would take
-    minutes to compile, and in eager mode most of the time.
-    """
-    episode = state.episode
-    ahead = torch.arange(1, steps + 1, device=episode.device).reshape(-1, *[1] * episode.ndim) + episode
-    return env.pure_reset(state.seed.expand_as(ahead), state.index.expand_as(ahead), ahead)
 
 
 def _pick(field: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
@@ -122,9 +163,8 @@ def refuse_impure(env: EnvBase) -> None:
         )
 
 
-def random_action(env: EnvBase) -> torch.Tensor:
-    """What ``env.action_spec.rand()`` draws, without a read of a value by the host, so that it can be compiled."""
-    spec = env.action_spec
+def random_action(spec: TensorSpec) -> torch.Tensor:
+    """What ``spec.rand()`` draws, without a read of a value by the host, so that it can be compiled."""
     if not isinstance(spec, Bounded) or not spec.dtype.is_floating_point:
         return spec.rand()
     space: Any = spec.space

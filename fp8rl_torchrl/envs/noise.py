@@ -6,9 +6,6 @@ depends on nothing else, so the same counters give the same noise on every devic
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 
 _WORD = 0xFFFFFFFF
@@ -38,30 +35,8 @@ def uniform(seed: torch.Tensor, index: torch.Tensor, episode: torch.Tensor, *, s
     Returns:
         float32 ``[streams, ...]``, multiples of 2^-24. A stream does not depend on how many there are.
     """
-    if episode.device.type == "cpu" and torch.compiler.is_compiling():
-        # Inlined into an unrolled loop, these integers take minutes to compile for a CPU; as a kernel of its own, once.
-        return _kernel(seed, index, episode, streams)
-    return _hash(seed, index, episode, streams)
-
-
-def _hash(seed: torch.Tensor, index: torch.Tensor, episode: torch.Tensor, streams: int) -> torch.Tensor:
     word = _mix((seed & _WORD) ^ _WEYL)
     for counter in (seed >> 32, index, episode):
         word = _mix((word + (counter & _WORD) + _WEYL) & _WORD)
     words = torch.stack([_mix((word + stream * _WEYL) & _WORD) for stream in range(streams)])
     return (words >> 8).to(torch.float32) * 2.0**-24
-
-
-@functools.cache
-def _compiled() -> Callable[..., torch.Tensor]:
-    return torch.compile(_hash, dynamic=True, fullgraph=True)
-
-
-@torch.library.custom_op("fp8rl_torchrl::start_noise", mutates_args=())
-def _kernel(seed: torch.Tensor, index: torch.Tensor, episode: torch.Tensor, streams: int) -> torch.Tensor:
-    return _compiled()(seed.contiguous(), index.contiguous(), episode.contiguous(), streams)
-
-
-@_kernel.register_fake
-def _(seed: torch.Tensor, index: torch.Tensor, episode: torch.Tensor, streams: int) -> torch.Tensor:
-    return episode.new_empty((streams, *episode.shape), dtype=torch.float32)

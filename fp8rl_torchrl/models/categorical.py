@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import distributions
+
+FEW = 8
+"""Up to so many outcomes, sums one by one are faster: a compiler fuses them with what surrounds them."""
 
 
 class Categorical(distributions.Categorical):
@@ -21,12 +26,16 @@ class Categorical(distributions.Categorical):
     def sample(self, sample_shape: torch.Size = torch.Size()) -> torch.Tensor:  # noqa: B008 (the parent's signature)
         """Draw int64 ``[*sample_shape, ...]``, without gradient."""
         with torch.no_grad():
-            cumulative = self.probs.cumsum(-1)
-            shape = self._extended_shape(sample_shape)
-            noise = torch.rand(shape, dtype=cumulative.dtype, device=cumulative.device)
+            probs, shape = self.probs, self._extended_shape(sample_shape)
+            noise = torch.rand(shape, dtype=probs.dtype, device=probs.device)
             # The sum of all rounds to just below 1 at times; unscaled, noise beyond it would choose the last outcome
             # even if that is impossible.
-            return (noise.unsqueeze(-1) * cumulative[..., -1:] >= cumulative[..., :-1]).sum(-1)
+            if self._num_events > FEW:
+                cumulative = probs.cumsum(-1)
+                return (noise.unsqueeze(-1) * cumulative[..., -1:] >= cumulative[..., :-1]).sum(-1)
+            *sums, total = itertools.accumulate(probs.unbind(-1))
+            passed = [(noise * total >= each).long() for each in sums]
+            return sum(passed, start=torch.zeros(shape, dtype=torch.int64, device=probs.device))
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """The log-probability, float32 ``[...]``, of outcomes ``[...]``; -inf of a value that is no outcome.

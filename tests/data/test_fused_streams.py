@@ -131,9 +131,9 @@ class ForgetsTheEnd(FusedCollector):
 class CountsBackwards(FusedCollector):
     """Episodes that begin together are numbered from the last environment to the first."""
 
-    def _number(self, done):
-        numbers = super()._number(done)
-        return torch.where(numbers < 4, numbers, numbers.flip(1))
+    def _number(self, *arguments):
+        numbers, *live = super()._number(*arguments)
+        return torch.where(numbers < 4, numbers, numbers.flip(1)), *live
 
 
 class Unnumbered(FusedCollector):

@@ -5,8 +5,8 @@ import torch
 from gathering import ENVS, CustomEnv, DriftEnv, FusedCollector
 from torchrl.envs import RewardSum, SerialEnv, TransformedEnv
 
-from fp8rl_torchrl.data.pure import PURE, PureEnv, random_action, refuse_impure, unrolled
-from fp8rl_torchrl.envs import make, noise
+from fp8rl_torchrl.data.pure import AHEAD, PURE, PureEnv, Starts, random_action, refuse_impure, unrolled
+from fp8rl_torchrl.envs import make
 
 
 def gym_env():
@@ -56,23 +56,46 @@ def test_the_refused_functions_are_those_of_the_protocol():
 @pytest.mark.parametrize("num_envs", [4, None])
 @pytest.mark.parametrize("max_steps", [1, 3])
 @pytest.mark.parametrize("make", ENVS)
-def test_the_table_of_starts_of_a_compiled_block_gives_the_same(make, num_envs, max_steps, monkeypatch):
+def test_compiled_blocks_and_blocks_that_look_give_the_same(make, num_envs, max_steps, monkeypatch):
     # What a compiled block does instead of looking whether any episode has ended, run eagerly.
     env = make(num_envs, seed=5, max_steps=max_steps)
-    state = env.read(env.reset())
     actions = torch.stack([env.action_spec.rand() for _ in range(8)])
 
     def run():
-        given = iter(actions)
-        return unrolled(env, state, env.observe(state), lambda *_: next(given), 8)
+        starts, state, transitions = Starts(env), env.read(env.reset()), []
+        observation = env.observe(state)
+        for _ in range(10):  # more episodes than a table has
+            given, table = iter(actions), starts.ahead(state, 8)
+            state, observation, new = unrolled(env, state, observation, lambda *_, g=given: next(g), 8, table)
+            transitions += new
+        return state, observation, transitions
 
+    env.set_seed(5)
     expected = run()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(noise, "_compiled", lambda: noise._hash)
+    env.set_seed(5)
     got = run()
-    assert expected[0].episode.max() >= 8 // max_steps
+    assert expected[0].episode.max() >= 80 // max_steps
     for one, other in zip(_leaves(got), _leaves(expected), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("make", ENVS)
+def test_a_table_of_starts_serves_until_an_environment_may_reach_its_end(make):
+    env = make(4, seed=5)
+    starts, state = Starts(env), env.read(env.reset())
+    table = starts.ahead(state, 8)
+    advanced = torch.tensor([0, AHEAD - 8, 3, 0])
+    assert starts.ahead(state._replace(episode=advanced), 8) is table
+    advanced[1] += 1
+    following = starts.ahead(state._replace(episode=advanced), 8)
+    assert following.before.tolist() == advanced.tolist()
+    row, at = 5, torch.arange(4)
+    expected = env.pure_reset(state.seed, state.index, advanced + 1 + row)
+    for got, each in zip(following.states, expected, strict=True):
+        assert torch.equal(got[row, at], each)
+    starts.forget()
+    assert starts.ahead(state._replace(episode=advanced), 8) is not following
 
 
 def _leaves(tree):
@@ -82,10 +105,10 @@ def _leaves(tree):
 @pytest.mark.parametrize("num_envs", [4, None])
 @pytest.mark.parametrize("make", ENVS)
 def test_random_actions_are_those_of_the_spec_and_can_be_compiled(make, num_envs):
-    env = make(num_envs)
-    compiled = torch.compile(lambda: random_action(env), fullgraph=True, backend="eager")
+    spec = make(num_envs).action_spec
+    compiled = torch.compile(lambda: random_action(spec), fullgraph=True, backend="eager")
     draws = []
-    for draw in (env.action_spec.rand, lambda: random_action(env), compiled):
+    for draw in (spec.rand, lambda: random_action(spec), compiled):
         torch.manual_seed(3)
         draws.append(torch.stack([draw() for _ in range(5)]))
     assert torch.equal(draws[0], draws[1])

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from fp8rl_torchrl.envs import noise
 from fp8rl_torchrl.envs.noise import uniform
 
 COUNT = 1 << 16
@@ -174,33 +173,6 @@ def test_a_stream_does_not_depend_on_how_many_there_are():
     assert three.shape == (3, 64)
     assert torch.equal(uniform(*arguments, streams=1), three[:1])
     assert torch.equal(uniform(*arguments, streams=2), three[:2])
-
-
-@pytest.mark.parametrize("shape", [(), (1024,), (8, 128)])
-def test_one_kernel_in_a_compiled_graph_gives_the_same(shape, monkeypatch):
-    # The kernel as such is compiled by the slow test below.
-    monkeypatch.setattr(noise, "_compiled", lambda: noise._hash)
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph
-
-    size = math.prod(shape)
-    arguments = [counter.reshape(shape) for counter in counters(seed=2**63 - 1, index=None, episode=3, count=size)]
-    torch.compiler.reset()
-    compiled = torch.compile(uniform, fullgraph=True, backend=backend)
-    assert torch.equal(compiled(*arguments, streams=2), uniform(*arguments, streams=2))
-    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
-    assert called == ["fp8rl_torchrl.start_noise.default"]
-
-
-def test_the_kernel_is_a_well_made_operator(monkeypatch):
-    monkeypatch.setattr(noise, "_compiled", lambda: noise._hash)
-    # Its shapes and dtypes are foretold rightly, and neither argument nor result is aliased.
-    arguments = counters(index=None, count=8)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.fp8rl_torchrl.start_noise, (*arguments, 2), test_utils=checks)
 
 
 @pytest.mark.slow
