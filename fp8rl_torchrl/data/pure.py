@@ -37,7 +37,7 @@ class PureEnv(Protocol):
         ...
 
     def observe(self, state: Any) -> torch.Tensor:
-        """The observation ``[N, ...]`` of a state."""
+        """The observation ``[N, ...]`` of a state, the same that a step into this state returns."""
         ...
 
     def read(self, tensordict: TensorDictBase) -> Any:
@@ -133,10 +133,10 @@ def unrolled(
         if looks and not done.any():
             continue
         row = state.episode - table.before
-        picked = {name: _pick(field, row) for name, field in starts._asdict().items() if name not in _COUNTERS}
-        start = state._replace(**picked, episode=state.episode + 1)
-        observation = _where(done, env.observe(start), observation)
-        state = type(state)(*(_where(done, new, old) for new, old in zip(start, state, strict=True)))
+        start = {name: _pick(field, row) for name, field in starts._asdict().items() if name not in _COUNTERS}
+        start["episode"] = state.episode + 1
+        state = state._replace(**{name: _where(done, new, getattr(state, name)) for name, new in start.items()})
+        observation = env.observe(state)
     return state, observation, transitions
 
 
