@@ -100,7 +100,11 @@ class FusedCollector(BaseCollector):
         self._begin(self.env.read(self.env.reset()))
         # Random numbers from torch's generator, as in eager mode, and not from the compiler's own.
         # And every rounding of a policy in low precision, which the compiler would leave out between operations.
-        options = {"fallback_random": True, "emulate_precision_casts": True}
+        options: dict[str, Any] = {"fallback_random": True, "emulate_precision_casts": True}
+        if policy is None:
+            # Storing is then most of the work. A C++ compiler does it twice as fast from plain loops as from the
+            # vectors of integers and flags that Inductor writes; only functions such as tanh are slower so.
+            options["cpp.simdlen"] = 1
         self._run_block: Any = compiled(self._block, **options) if compile else self._block
         collect: Any = self._collect
         self._run: Any = CudaGraphModule(collect) if self.captured else collect
@@ -165,7 +169,7 @@ class FusedCollector(BaseCollector):
             following = env.entries(ended, last, *flags) | {"reward": reward.unsqueeze(-1)}
             next_ = {("next", *((key,) if isinstance(key, str) else key)): each for key, each in following.items()}
             rows.append({**root, **written, **next_})
-        columns = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        columns = {key: _column([row[key] for row in rows]) for key in rows[0]}
         if self.track_traj_ids:
             done = columns["next", "done"].squeeze(-1)
             columns["collector", "traj_ids"], traj_ids, next_traj_id = self._number(done, traj_ids, next_traj_id)
@@ -268,6 +272,13 @@ class FusedCollector(BaseCollector):
             self._traj_ids = live["collector", "traj_ids"]
         self._frames, self._iter = state_dict["frames"], state_dict["iter"]
         self._next_traj_id = torch.tensor(state_dict["next_traj_id"], device=device)
+
+
+def _column(steps: list[torch.Tensor]) -> torch.Tensor:
+    """What is stored of one entry, ``[steps, ...]``; what no step changes, such as a seed, is one copy."""
+    if all(each is steps[0] for each in steps):
+        return steps[0].expand(len(steps), *steps[0].shape).clone()
+    return torch.stack(steps)
 
 
 def _is_private(key: Any) -> bool:
