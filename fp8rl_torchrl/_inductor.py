@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.inductor_prims import force_stride_order
 
 NARROW = 16
 """Matrices with fewer columns than this are narrow: MKL multiplies some layouts of them at a tenth of its speed."""
+
+FEW = 4
+"""Products of so few terms join what follows them; as a product, they are written to memory and read again."""
 
 aten = torch.ops.aten
 
@@ -33,6 +37,13 @@ class _RewriteProducts(CustomGraphPass):
                 with graph.inserting_before(node):
                     product = _call(graph, aten.mm.default, left, right)
                     _replace(graph, node, _call(graph, aten.add.Tensor, product, bias))
+        for node in list(graph.nodes):
+            if node.op != "call_function" or not _on_cpu(node):
+                continue
+            if node.target is aten.mm.default and _has_few_terms(node):
+                left, right = node.args
+                with graph.inserting_before(node):
+                    _replace(graph, node, _outer_products(graph, left, right))
             elif node.target is aten.mm.default and _is_narrow_weight_gradient(node):
                 left, right = node.args
                 with graph.inserting_before(node):
@@ -53,6 +64,23 @@ def _is_narrow_weight_gradient(node: torch.fx.Node) -> bool:
     value = node.meta["val"]
     rows = node.args[0].meta["val"].shape[1]  # pyright: ignore
     return value.shape[1] < NARROW <= value.shape[0] and bool(rows > value.shape[0])
+
+
+def _has_few_terms(node: torch.fx.Node) -> bool:
+    left, right = (each.meta["val"] for each in node.args)  # pyright: ignore
+    return left.dtype == torch.float32 and left.shape[1] <= FEW and right.shape[1] >= NARROW
+
+
+def _outer_products(graph: torch.fx.Graph, left: torch.fx.Node, right: torch.fx.Node) -> torch.fx.Node:
+    total: torch.fx.Node | None = None
+    right = _call(graph, force_stride_order, right, (right.meta["val"].shape[1], 1))
+    for term in range(left.meta["val"].shape[1]):
+        column = _call(graph, aten.slice.Tensor, left, 1, term, term + 1)
+        row = _call(graph, aten.slice.Tensor, right, 0, term, term + 1)
+        product = _call(graph, aten.mul.Tensor, column, row)
+        total = product if total is None else _call(graph, aten.add.Tensor, total, product)
+    assert total is not None
+    return total
 
 
 def _call(graph: torch.fx.Graph, target: Any, *arguments: Any) -> torch.fx.Node:

@@ -51,6 +51,25 @@ def test_a_forward_product_with_few_columns_is_left_alone():
     assert before == after
 
 
+@pytest.mark.parametrize(("terms", "width", "changed"), [(1, 64, True), (4, 64, True), (5, 64, False), (2, 8, False)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_of_few_terms_becomes_a_sum_that_fuses(terms, width, changed, transposed):
+    x, weight = torch.randn(128, terms), torch.randn(*((width, terms) if transposed else (terms, width)))
+
+    def product(x, w):
+        return x.mm(w.t() if transposed else w)
+
+    traced, _, after = rewritten(product, x, weight)
+    assert (aten.mm.default not in after) is changed
+    torch.testing.assert_close(traced(x, weight), product(x, weight))
+
+
+def test_a_product_of_few_terms_in_low_precision_keeps_its_one_rounding():
+    x, weight = torch.randn(128, 2, dtype=torch.bfloat16), torch.randn(2, 64, dtype=torch.bfloat16)
+    _, before, after = rewritten(lambda x, w: x.mm(w), x, weight)
+    assert before == after
+
+
 class Model:
     """Something with a method to compile."""
 

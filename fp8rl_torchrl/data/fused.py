@@ -18,6 +18,8 @@ from fp8rl_torchrl.data.pure import Starts, Table, random_action, refuse_impure,
 BLOCK = 8
 """Steps that are compiled together: more take longer to compile, fewer make more calls."""
 
+_FLAGS = ("terminated", "truncated", "done")
+
 Live = tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor, torch.Tensor]
 """The state, its observation, the numbers of the running episodes ``[N]`` and the number of the next one ``[]``."""
 Columns = dict[Any, torch.Tensor]
@@ -101,6 +103,8 @@ class FusedCollector(BaseCollector):
         # Random numbers from torch's generator, as in eager mode, and not from the compiler's own.
         # And every rounding of a policy in low precision, which the compiler would leave out between operations.
         options: dict[str, Any] = {"fallback_random": True, "emulate_precision_casts": True}
+        # A block makes dozens of short calls. From C++, on a CPU, they cost less than from Python.
+        options["cpp_wrapper"] = not on_gpu
         if policy is None:
             # Storing is then most of the work. A C++ compiler does it twice as fast from plain loops as from the
             # vectors of integers and flags that Inductor writes; only functions such as tanh are slower so.
@@ -169,7 +173,8 @@ class FusedCollector(BaseCollector):
             following = env.entries(ended, last, *flags) | {"reward": reward.unsqueeze(-1)}
             next_ = {("next", *((key,) if isinstance(key, str) else key)): each for key, each in following.items()}
             rows.append({**root, **written, **next_})
-        columns = {key: _column([row[key] for row in rows]) for key in rows[0]}
+        columns = {key: _column([row[key] for row in rows]) for key in rows[0] if key not in _FLAGS}
+        columns |= {key: torch.zeros_like(columns["next", key]) for key in _FLAGS}
         if self.track_traj_ids:
             done = columns["next", "done"].squeeze(-1)
             columns["collector", "traj_ids"], traj_ids, next_traj_id = self._number(done, traj_ids, next_traj_id)
