@@ -26,6 +26,8 @@ class _RewriteProducts(CustomGraphPass):
       activation that follows.
     - The gradient of a layer's weight is ``gᵀ x``, which for a narrow input takes as long as for 64 columns; the same
       as ``(xᵀ g)ᵀ`` takes what it should.
+    - A product of a few terms, such as that of a layer on a short observation, is written out as their sum, which joins
+      the activation that follows.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:

@@ -32,7 +32,8 @@ class FusedCollector(BaseCollector):
     same content: start states are the same, and so are sampled actions where torch's global generator is in the same
     state when collecting begins, because compiled code draws its random numbers from it in the same order. (A
     `Collector` draws some while it is built: seed after that to compare. And where a compiler rounds a probability
-    differently, an action can differ once in millions.) In memory they lie time-major.
+    differently, an action can differ once in millions; PyTorch 2.11 was seen to draw two steps' actions in another
+    order.) In memory they lie time-major.
 
     On a CPU, blocks of steps are compiled. On a GPU a whole collection is captured as a CUDA graph besides; random
     numbers then come from the graph's own place in the generator's stream, so that actions have the same distribution
