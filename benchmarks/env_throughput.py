@@ -30,6 +30,7 @@ from torchrl.envs.utils import RandomPolicy
 
 from fp8rl_torchrl.data import FusedCollector
 from fp8rl_torchrl.envs import make
+from fp8rl_torchrl.training.memory import keep_freed_memory
 from fp8rl_torchrl.training.run_folder import made_with
 
 TASKS = {"CustomEnv": "fp8rl_torchrl:fp8rl/CustomEnv-v0", "CartPole-v1": "CartPole-v1"}
@@ -90,6 +91,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
+    keep_freed_memory()  # as scripts/train.py does
     environment, records = made_with() | {"allocator": allocator()}, []
     print(f"{device_name(device, environment)}; {options.block} steps of every environment in a call")
     for num_envs in options.num_envs:

@@ -35,9 +35,6 @@ class A2CConfig(OnPolicyConfig):
     activation: Literal["tanh", "relu"] = "relu"
     """The nonlinearity after each layer; relu is several times cheaper on a CPU."""
 
-    def _updates(self) -> int:
-        return 1
-
 
 def build_a2c(config: A2CConfig) -> Pipeline:
     """Compose the pipeline: environment, agent, collector, loss, step.

@@ -52,6 +52,20 @@ class OnPolicyConfig(RecipeConfig):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
 
+        together = self.frames_per_collection // self._updates_an_epoch()
+        if self.normalize_advantage and together < 2:
+            raise ValueError(
+                "an update on a single transition has no advantages to normalize: set normalize_advantage=False, or "
+                "make the batches larger"
+            )
+
+    def _updates_an_epoch(self) -> int:
+        """Batches that a collection is divided into."""
+        return 1
+
+    def _updates(self) -> int:
+        return self._updates_an_epoch()
+
     def resolved(self: Config) -> Config:
         """See `RecipeConfig.resolved`; the length of the decay is that of the run as it was started."""
         updates = self._updates()

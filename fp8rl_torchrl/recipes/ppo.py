@@ -66,7 +66,10 @@ class PPOConfig(OnPolicyConfig):
         super().__post_init__()
 
     def _updates(self) -> int:
-        return self.epochs * (self.frames_per_collection // self.batch_size)
+        return self.epochs * self._updates_an_epoch()
+
+    def _updates_an_epoch(self) -> int:
+        return self.frames_per_collection // self.batch_size
 
 
 def build_ppo(config: PPOConfig) -> Pipeline:

@@ -39,6 +39,7 @@ EAGER_FUSED = {"collector": "fused", "compile": "off"}
         ({"critic_coeff": -1.0}, "critic_coeff must be >= 0"),
         ({"entropy_coeff": -1.0}, "entropy_coeff must be >= 0"),
         ({"lr_decay_updates": 0}, "lr_decay_updates must be >= 1; got 0"),
+        ({"num_envs": 1, "frames_per_collection": 1}, "a single transition has no advantages to normalize"),
         ({"num_envs": 1000}, "frames_per_collection must be a multiple of num_envs"),
         ({"lr": 0.0}, "lr must be > 0"),
         ({"env": "Pendulum-v1", "collector": "fused"}, "Pendulum-v1 has none: use torchrl"),
@@ -140,7 +141,7 @@ def test_compiling_is_handed_on():
 @pytest.mark.parametrize(("steps", "ends"), [(1, 1), (200, 1), (201, 2), (400, 2), (401, 3)])
 def test_truncations_are_bounded_by_the_length_of_an_episode(steps, ends):
     """An episode of CustomEnv has at most 200 steps: 1 + (T - 1) // 200 can be truncated in T steps."""
-    config = dataclasses.replace(SMALL, num_envs=1, frames_per_collection=steps)
+    config = dataclasses.replace(SMALL, num_envs=2, frames_per_collection=2 * steps)
     assert build(config).loss.advantage.episode_ends == ends
 
 

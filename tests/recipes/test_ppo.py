@@ -43,6 +43,7 @@ SMALL = PPOConfig(
         ({"batch_size": 500}, "batch_size must divide frames_per_collection; got 500 and 4096"),
         ({"batch_size": 8192}, "batch_size must divide frames_per_collection"),
         ({"updates_per_collection": 3}, "are not options of this recipe"),
+        ({"batch_size": 1}, "a single transition has no advantages to normalize"),
         ({"clip_epsilon": 0.0}, "clip_epsilon must be > 0"),
         ({"clip_epsilon": math.nan}, "clip_epsilon must be > 0"),
         ({"critic_coeff": -1.0}, "_coeff must be >= 0"),
