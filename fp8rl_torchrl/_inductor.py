@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,12 @@ def _replace(graph: torch.fx.Graph, old: torch.fx.Node, new: torch.fx.Node) -> N
     graph.erase_node(old)
 
 
+def _all_but_memos(guards: Sequence[Any]) -> list[bool]:
+    # tensordict remembers which classes it has seen, in dicts that grow when anything else uses another class, such as
+    # an evaluation. What is remembered never changes; guarded, each new class would have everything compiled again.
+    return ["_MEMO" not in guard.name for guard in guards]
+
+
 def compiled(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """Compile a method of one object, as one graph.
 
@@ -110,5 +116,5 @@ def compiled(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     assert isinstance(method, types.MethodType)
     function: Any = method.__func__
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    options = {"post_grad_custom_post_pass": _RewriteProducts(), **options}
+    options = {"post_grad_custom_post_pass": _RewriteProducts(), "guard_filter_fn": _all_but_memos, **options}
     return torch.compile(types.MethodType(own, method.__self__), fullgraph=True, options=options)

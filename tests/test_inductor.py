@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tensordict import TensorDict, is_tensorclass
 from torch import nn
+from torch._dynamo.exc import RecompileError
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp8rl_torchrl._inductor import _RewriteProducts, compiled
@@ -106,6 +108,26 @@ def test_changes_of_a_compiled_module_are_seen():
     convert(model.module, Precision("fp8", base="fp32"))
     torch.testing.assert_close(run(x), model.run(x))
     assert not torch.allclose(run(x), high, rtol=1e-3, atol=1e-3)
+
+
+class Batch:
+    """A method that meets what tensordict remembers of classes."""
+
+    def total(self, x):
+        return TensorDict({"x": x, "nested": {"y": x}}, [len(x)]).select("x", "nested").sum()["nested", "y"]
+
+
+@pytest.mark.slow
+def test_what_tensordict_remembers_does_not_compile_again():
+    """An evaluation between two collections meets classes that tensordict had not seen."""
+    x = torch.randn(8)
+    ours, plain = compiled(Batch().total), torch.compile(Batch().total, fullgraph=True)
+    ours(x), plain(x)
+    is_tensorclass(type("Unseen", (), {})())
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(ours(x), x.sum())
+        with pytest.raises(RecompileError):
+            plain(x)
 
 
 @pytest.mark.slow
