@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import distributions
 
 FEW = 8
-"""Up to so many outcomes, sums one by one are faster: a compiler fuses them with what surrounds them."""
+"""Up to so many outcomes, a compiled distribution is computed one outcome at a time: along a short last dimension no
+exponential, logarithm or sum is vectorised."""
 
 
 class Categorical(distributions.Categorical):
@@ -23,19 +27,44 @@ class Categorical(distributions.Categorical):
     ``[...]``.
     """
 
+    def __init__(
+        self,
+        probs: torch.Tensor | None = None,
+        logits: torch.Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self._each: list[torch.Tensor] | None = None  # log-probabilities [...], by outcome
+        if probs is not None or logits is None or logits.dim() < 1 or not logits.is_floating_point():
+            super().__init__(probs, logits, validate_args)  # pyright: ignore[reportArgumentType]
+            return
+        self._num_events = logits.shape[-1]
+        if torch.compiler.is_compiling() and self._num_events <= FEW:
+            self._each = _log_softmax_of_few(logits.unbind(-1))
+            self.logits = torch.stack(self._each, dim=-1)
+        else:
+            self.logits = torch.log_softmax(logits, dim=-1)
+        self._param = self.logits
+        distributions.Distribution.__init__(self, logits.shape[:-1], validate_args=validate_args)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> Categorical:
+        """A distribution of another batch shape, each entry a view."""
+        new = super().expand(batch_shape, self._get_checked_instance(Categorical, _instance))
+        new._each = None if self._each is None else [each.expand(batch_shape) for each in self._each]
+        return new
+
     def sample(self, sample_shape: torch.Size = torch.Size()) -> torch.Tensor:  # noqa: B008 (the parent's signature)
         """Draw int64 ``[*sample_shape, ...]``, without gradient."""
         with torch.no_grad():
-            probs, shape = self.probs, self._extended_shape(sample_shape)
-            noise = torch.rand(shape, dtype=probs.dtype, device=probs.device)
+            shape = self._extended_shape(sample_shape)
+            noise = torch.rand(shape, dtype=self._param.dtype, device=self._param.device)
             # The sum of all rounds to just below 1 at times; unscaled, noise beyond it would choose the last outcome
             # even if that is impossible.
-            if self._num_events > FEW:
-                cumulative = probs.cumsum(-1)
+            if self._each is None:
+                cumulative = self.probs.cumsum(-1)
                 return (noise.unsqueeze(-1) * cumulative[..., -1:] >= cumulative[..., :-1]).sum(-1)
-            *sums, total = itertools.accumulate(probs.unbind(-1))
+            *sums, total = itertools.accumulate(each.exp() for each in self._each)
             passed = [(noise * total >= each).long() for each in sums]
-            return sum(passed, start=torch.zeros(shape, dtype=torch.int64, device=probs.device))
+            return sum(passed, start=torch.zeros(shape, dtype=torch.int64, device=noise.device))
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """The log-probability, float32 ``[...]``, of outcomes ``[...]``; -inf of a value that is no outcome.
@@ -45,6 +74,11 @@ class Categorical(distributions.Categorical):
         """
         if self._validate_args:
             self._validate_sample(value)
+        if self._each is not None:
+            log_prob = torch.full_like(self._each[0], -torch.inf)
+            for outcome, each in enumerate(self._each):
+                log_prob = torch.where(value == outcome, each, log_prob)
+            return log_prob
         outcomes = torch.arange(self._num_events, device=value.device)
         chosen = outcomes == value.unsqueeze(-1)
         log_prob = torch.where(chosen, self.logits, 0.0).sum(-1)
@@ -52,10 +86,23 @@ class Categorical(distributions.Categorical):
 
     def entropy(self) -> torch.Tensor:
         """The entropy in nats, float32 ``[...]``."""
-        # 0 · log 0 is 0. The parent class replaces -inf by the most negative number, whose gradient overflows.
-        return -(self.probs * self.logits.masked_fill(self.logits == -torch.inf, 0.0)).sum(-1)
+        if self._each is not None:
+            return -sum(each.exp() * _without_infinities(each) for each in self._each)
+        return -(self.probs * _without_infinities(self.logits)).sum(-1)
 
     @property
     def deterministic_sample(self) -> torch.Tensor:
         """The likeliest outcome, int64 ``[...]``: what TorchRL asks for where exploration is off."""
         return self.mode
+
+
+def _log_softmax_of_few(logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    largest = functools.reduce(torch.maximum, logits).detach()
+    below = [each - largest for each in logits]
+    normalizer = functools.reduce(torch.add, [each.exp() for each in below]).log()
+    return [each - normalizer for each in below]
+
+
+def _without_infinities(log_probs: torch.Tensor) -> torch.Tensor:
+    # 0 · log 0 is 0. The parent class replaces -inf by the most negative number, whose gradient overflows.
+    return log_probs.masked_fill(log_probs == -torch.inf, 0.0)

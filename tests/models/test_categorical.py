@@ -191,8 +191,9 @@ def test_values_of_another_shape_are_broadcast_as_the_parents_are():
     logits = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
     for shape in ((), (4,), (3, 4), (2, 3, 4), (7, 1, 1)):
         value = torch.randint(5, shape, generator=torch.Generator().manual_seed(1))
-        expected = distributions.Categorical(logits=logits).log_prob(value)
-        assert torch.equal(Categorical(logits=logits).log_prob(value), expected), shape
+        log_prob = Categorical(logits=logits).log_prob(value)
+        assert torch.equal(log_prob, Categorical(logits=logits).log_prob(value.expand(log_prob.shape))), shape
+        torch.testing.assert_close(log_prob, distributions.Categorical(logits=logits).log_prob(value))
 
 
 @pytest.mark.parametrize("value", [-1, 3, 100])
@@ -271,7 +272,7 @@ def test_a_policy_is_seeded_by_torch():
 def test_compiled_equals_eager(outcomes):
     def draw(logits):
         distribution = Categorical(logits=logits, validate_args=False)
-        sample = distribution.sample()
+        sample = distribution.expand((2, 512)).sample()[1]
         return sample, distribution.log_prob(sample), distribution.entropy()
 
     torch._dynamo.reset()
@@ -285,3 +286,24 @@ def test_compiled_equals_eager(outcomes):
     assert results[0][0].unique().numel() == outcomes
     for eager, found in zip(results[0][1:], results[1][1:], strict=True):
         torch.testing.assert_close(found, eager, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LOGITS)
+def test_compiled_equals_float64_with_its_gradients(kind):
+    """Few outcomes are computed one at a time; impossible ones and values far apart stay what they are."""
+
+    def quantities(logits, value, distribution=Categorical):
+        made = distribution(logits=logits, validate_args=False)
+        return made.log_prob(value), made.entropy(), made.mode
+
+    torch._dynamo.reset()
+    logits = torch.as_tensor(LOGITS[kind])
+    results = []
+    for function, dtype in ((torch.compile(quantities, fullgraph=True), torch.float32), (quantities, torch.float64)):
+        leaf = logits.to(dtype, copy=True).requires_grad_()
+        log_prob, entropy, mode = function(leaf, logits.argmax(-1))
+        (gradient,) = torch.autograd.grad((log_prob + 0.7 * entropy).sum(), leaf)
+        results.append([each.double() for each in (log_prob, entropy, mode, gradient)])
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
