@@ -116,5 +116,11 @@ def compiled(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     assert isinstance(method, types.MethodType)
     function: Any = method.__func__
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    options = {"post_grad_custom_post_pass": _RewriteProducts(), "guard_filter_fn": _all_but_memos, **options}
+    options = {
+        "post_grad_custom_post_pass": _RewriteProducts(),
+        "guard_filter_fn": _all_but_memos,
+        # Vectors that are filled in part are copied number by number: slower than the plain loop over a few logits.
+        "cpp.enable_loop_tail_vec": False,
+        **options,
+    }
     return torch.compile(types.MethodType(own, method.__self__), fullgraph=True, options=options)

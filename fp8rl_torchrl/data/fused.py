@@ -153,9 +153,10 @@ class FusedCollector(BaseCollector):
             table = self._starts.ahead(self._state_type(*live[0]), steps)
             live, columns = self._run_block(live, table, steps)
             blocks.append(columns)
-        return live, blocks[0] if len(blocks) == 1 else {
-            k: torch.cat([block[k] for block in blocks]) for k in blocks[0]
-        }
+        columns = blocks[0] if len(blocks) == 1 else {k: torch.cat([each[k] for each in blocks]) for k in blocks[0]}
+        # No step begins at an end. A compiler fills flags one by one, and slowly.
+        columns |= {key: torch.zeros_like(columns["next", key]) for key in _FLAGS}
+        return live, columns
 
     def _block(self, live: Live, table: Table, steps: int) -> tuple[Live, Columns]:
         """Some steps as plain tensors: what the next block goes on from, and what is stored, ``[steps, N]``."""
@@ -175,7 +176,6 @@ class FusedCollector(BaseCollector):
             next_ = {("next", *((key,) if isinstance(key, str) else key)): each for key, each in following.items()}
             rows.append({**root, **written, **next_})
         columns = {key: _column([row[key] for row in rows]) for key in rows[0] if key not in _FLAGS}
-        columns |= {key: torch.zeros_like(columns["next", key]) for key in _FLAGS}
         if self.track_traj_ids:
             done = columns["next", "done"].squeeze(-1)
             columns["collector", "traj_ids"], traj_ids, next_traj_id = self._number(done, traj_ids, next_traj_id)

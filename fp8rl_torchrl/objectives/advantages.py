@@ -71,11 +71,12 @@ def last_observations(
         truncated step among its environment's, int64 ``[T, N]``, counted from 1.
     """
     number = truncated.long().cumsum(0)
-    columns = torch.arange(truncated.shape[1], device=truncated.device)
+    steps, columns = (torch.arange(length, device=truncated.device) for length in truncated.shape)
     found = [next_observation[-1]]
     for k in range(1, episode_ends + 1):
-        first = (truncated & (number == k)).long().argmax(0)
-        found.append(next_observation[first, columns])
+        # The one step where this holds: a sum finds it as `argmax` does, and is vectorised.
+        step = torch.where(truncated & (number == k), steps.unsqueeze(-1), 0).sum(0)
+        found.append(next_observation[step, columns])
     return torch.stack(found), number
 
 

@@ -182,9 +182,9 @@ class Pipeline:
 
     def _note_episodes(self, rollout: TensorDictBase) -> tuple[float, ...]:
         following = rollout.get("next")
-        ended = following.get("done").squeeze(-1)
-        returns = following.get("episode_reward")[ended].flatten().tolist()
-        lengths = following.get("step_count")[ended].flatten().tolist()
+        ended = following.get("done").nonzero(as_tuple=True)
+        returns = following.get("episode_reward")[ended].tolist()
+        lengths = following.get("step_count")[ended].tolist()
         self.episodes += len(returns)
         self._recent.extend(zip(returns, lengths, strict=True))
         return tuple(returns)
