@@ -79,6 +79,13 @@ class FusedCollector(BaseCollector):
         cudagraph: bool | None = None,
     ) -> None:
         super().__init__()
+        if not callable(create_env_fn) and not isinstance(create_env_fn, EnvBase):
+            raise TypeError(
+                f"create_env_fn is an environment, or a function that makes one, such as "
+                f"fp8rl_torchrl.envs.make(...); got {create_env_fn!r}"
+            )
+        if not isinstance(compile, bool):
+            raise TypeError(f"compile must be True or False; got {compile!r}")
         self.env: Any = create_env_fn if isinstance(create_env_fn, EnvBase) else create_env_fn()
         refuse_impure(self.env)
         count, on_gpu = self.env.batch_size.numel(), self.env.device is not None and self.env.device.type == "cuda"
@@ -101,6 +108,7 @@ class FusedCollector(BaseCollector):
         self._next_traj_id = torch.zeros((), dtype=torch.int64, device=self.env.device)
         self._starts = Starts(self.env, compiled if compile else lambda function: function)
         self._begin(self.env.read(self.env.reset()))
+        self._try_policy()
         # Random numbers from torch's generator, as in eager mode, and not from the compiler's own.
         # And every rounding of a policy in low precision, which the compiler would leave out between operations.
         options: dict[str, Any] = {"fallback_random": True, "emulate_precision_casts": True}
@@ -190,6 +198,31 @@ class FusedCollector(BaseCollector):
         # What it has only read is still the same object.
         entries = {key: written.get(key) for key in written.keys(True, True) if not _is_private(key)}
         return {key: value for key, value in entries.items() if value is not seen.get(key)}
+
+    def _try_policy(self) -> None:
+        """Have the policy act once, so that what it lacks is told before anything is compiled."""
+        spec, device = self._action_spec, self.env.device
+        running = torch.zeros(self.env.batch_size, dtype=torch.bool, device=device)
+        root = self.env.entries(self._state, self._observation, running, running)
+        # What it draws here must not change what it draws later.
+        forked = torch.random.fork_rng([device] if device is not None and device.type == "cuda" else [])
+        try:
+            with forked, torch.no_grad(), set_exploration_type(self.exploration_type):
+                action = self._act(root).get("action")
+        except Exception as error:
+            raise self._unfit(f"cannot act on observations {list(self._observation.shape)}: {error!r}") from error
+        if action is None:
+            raise self._unfit("writes no 'action'")
+        if (action.dtype, action.shape) != (spec.dtype, spec.shape):
+            raise self._unfit(
+                f"writes actions {action.dtype} {list(action.shape)}, not {spec.dtype} {list(spec.shape)}"
+            )
+
+    def _unfit(self, reason: str) -> ValueError:
+        return ValueError(
+            f"the policy {reason}. {type(self.env).__name__} needs a TensorDictModule that was made for it, such as "
+            "ActorCritic.for_env(env).policy"
+        )
 
     def _number(
         self, done: torch.Tensor, traj_ids: torch.Tensor, next_traj_id: torch.Tensor

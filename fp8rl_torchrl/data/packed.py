@@ -26,6 +26,9 @@ class PackedStorage(LazyTensorStorage):
         max_size: The number of transitions kept.
         device: Where they are stored.
 
+    Raises:
+        ValueError: If ``max_size`` is not an integer of at least 1.
+
     Attributes:
         rows: int64 ``[max_size, words]``, or None: nothing is stored yet, or not as rows.
         layout: Where each tensor lies in its row; None when ``rows`` is.
@@ -37,6 +40,8 @@ class PackedStorage(LazyTensorStorage):
     obstacle: str | None = None
 
     def __init__(self, max_size: int, *, device: torch.device | str = "cpu") -> None:
+        if type(max_size) is not int or max_size < 1:
+            raise ValueError(f"max_size must be an integer >= 1; got {max_size!r}")
         super().__init__(max_size, device=device)
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
@@ -170,10 +175,10 @@ class PackedReplayBuffer(TensorDictReplayBuffer):
             ``count`` TensorDicts ``[B]``; no two share memory.
 
         Raises:
-            ValueError: If ``count`` is less than 1.
+            ValueError: If ``count`` is not an integer of at least 1.
         """
-        if count < 1:
-            raise ValueError(f"count must be >= 1; got {count}")
+        if type(count) is not int or count < 1:
+            raise ValueError(f"count must be an integer >= 1; got {count!r}")
         size = self._fast_size(batch_size)
         if size is None:
             return [self.sample(batch_size) for _ in range(count)]

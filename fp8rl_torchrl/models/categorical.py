@@ -40,15 +40,16 @@ class Categorical(distributions.Categorical):
         self._num_events = logits.shape[-1]
         if torch.compiler.is_compiling() and self._num_events <= FEW:
             self._each = _log_softmax_of_few(logits.unbind(-1))
-            self.logits = torch.stack(self._each, dim=-1)
+            log_probs = torch.stack(self._each, dim=-1)
         else:
-            self.logits = torch.log_softmax(logits, dim=-1)
-        self._param = self.logits
+            log_probs = torch.log_softmax(logits, dim=-1)
+        self.__dict__["logits"] = log_probs  # the parent computes it again only where it is not there
+        self._param: Any = log_probs
         distributions.Distribution.__init__(self, logits.shape[:-1], validate_args=validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> Categorical:
         """A distribution of another batch shape, each entry a view."""
-        new = super().expand(batch_shape, self._get_checked_instance(Categorical, _instance))
+        new: Any = super().expand(batch_shape, self._get_checked_instance(Categorical, _instance))
         new._each = None if self._each is None else [each.expand(batch_shape) for each in self._each]
         return new
 
@@ -87,7 +88,7 @@ class Categorical(distributions.Categorical):
     def entropy(self) -> torch.Tensor:
         """The entropy in nats, float32 ``[...]``."""
         if self._each is not None:
-            return -sum(each.exp() * _without_infinities(each) for each in self._each)
+            return -functools.reduce(torch.add, [each.exp() * _without_infinities(each) for each in self._each])
         return -(self.probs * _without_infinities(self.logits)).sum(-1)
 
     @property

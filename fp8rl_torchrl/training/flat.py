@@ -24,6 +24,7 @@ class FlatParameter(nn.Parameter):
 
     Raises:
         ValueError: If there are none, one occurs twice or needs no gradient, or they differ in dtype or device.
+        TypeError: If a module is given in place of its parameters.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -35,6 +36,8 @@ class FlatParameter(nn.Parameter):
     views: list[nn.Parameter]
 
     def __new__(cls, parameters: Iterable[nn.Parameter]) -> FlatParameter:  # noqa: D102
+        if isinstance(parameters, nn.Module):
+            raise TypeError(f"give the module's parameters: FlatParameter({type(parameters).__name__}.parameters())")
         views = list(parameters)
         if not views:
             raise ValueError("there are no parameters to flatten")

@@ -60,7 +60,8 @@ class OptimStep(OptimizationStepper):
             parameter, a parameter is not float32, a number is out of range, a CUDA graph is asked for on a CPU or with
             ``accumulate``, or the precision is an fp8 one and the loss has no `Float8Linear` of its recipe (where the
             loss's networks cannot be seen: on the first call).
-        TypeError: If the target updater is neither a ``SoftUpdate`` nor a ``HardUpdate``.
+        TypeError: If the target updater is neither a ``SoftUpdate`` nor a ``HardUpdate``, or the loss, the optimizer or
+            a switch is something else.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -85,6 +86,13 @@ class OptimStep(OptimizationStepper):
         compile: bool = False,
         cudagraph: bool = False,
     ) -> None:
+        if not callable(loss) or not isinstance(optimizer, torch.optim.Optimizer | Mapping):
+            raise TypeError(
+                "OptimStep takes a loss, then an optimizer (torch.optim.Adam(loss.parameters(), fused=True), say) or "
+                f"{{loss_key: optimizer}}; got {type(loss).__name__} and {type(optimizer).__name__}"
+            )
+        if not isinstance(compile, bool) or not isinstance(cudagraph, bool):
+            raise TypeError(f"compile and cudagraph must be True or False; got {compile!r} and {cudagraph!r}")
         self.loss = loss
         self.single = isinstance(optimizer, torch.optim.Optimizer)
         self.optimizers = {"loss": optimizer} if isinstance(optimizer, torch.optim.Optimizer) else dict(optimizer)
@@ -120,8 +128,10 @@ class OptimStep(OptimizationStepper):
         self._base_lr: list[list[torch.Tensor]] = []
         if lr_schedule is not None:
             self._base_lr = [[_lr_tensor(group, self.device) for group in o.param_groups] for o in self._all()]
-        if cudagraph and (self.device.type != "cuda" or accumulate > 1):
-            raise ValueError(f"cudagraph=True needs a GPU and accumulate=1; got {self.device} and {accumulate}")
+        if cudagraph and self.device.type != "cuda":
+            raise ValueError(f"cudagraph=True needs parameters on a GPU; these are on {self.device}")
+        if cudagraph and accumulate > 1:
+            raise ValueError(f"cudagraph=True captures whole updates, so it needs accumulate=1; got {accumulate}")
         self.compiled, self.captured = compile, cudagraph
         self._gradients = Gradients(self.precision, self.device, leaves, self.single, accumulate, compile)
         update: Any = self._compute_and_apply

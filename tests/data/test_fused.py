@@ -18,6 +18,9 @@ from gathering import (
 from torchrl.collectors import BaseCollector, Collector
 from torchrl.envs.utils import ExplorationType
 
+from fp8rl_torchrl import ActorCritic
+from fp8rl_torchrl.envs import make
+
 # --- the constructor ---
 
 
@@ -75,13 +78,45 @@ def test_a_graph_without_a_gpu_is_refused():
         FusedCollector(CustomEnv(4), frames_per_batch=8, cudagraph=True)
 
 
+@pytest.mark.parametrize("option", ["off", 1, None])
+def test_a_switch_is_on_or_off(option):
+    with pytest.raises(TypeError, match=f"compile must be True or False; got {option!r}"):
+        FusedCollector(CustomEnv(4), frames_per_batch=8, compile=option)
+
+
+def test_what_makes_no_environment_is_refused():
+    with pytest.raises(TypeError, match=r"such as fp8rl_torchrl.envs.make.*got 'CustomEnv'"):
+        FusedCollector("CustomEnv", frames_per_batch=8)
+
+
 # --- policies ---
 
 
-def test_a_policy_without_an_action_is_refused():
-    collector = build(FusedCollector, CustomEnv(4, seed=0), lambda _: lambda td: td.set("other", td["observation"]))
-    with pytest.raises(KeyError, match="action"):
-        next(iter(collector))
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (agent(make("CartPole-v1", num_envs=4)), r"cannot act on observations \[4, 2\].*shapes cannot be multiplied"),
+        (ActorCritic.for_env(CustomEnv(4)), "missing the required"),
+        ("policy", "'str' object is not callable"),
+        (lambda seen: seen, "writes no 'action'"),
+        (lambda seen: seen.set("action", torch.zeros(4)), r"torch.float32 \[4\], not torch.int64 \[4\]"),
+        (lambda seen: seen.set("action", torch.zeros(4, 1).long()), r"torch.int64 \[4, 1\], not torch.int64 \[4\]"),
+    ],
+)
+def test_a_policy_that_cannot_act_is_refused_before_anything_is_compiled(policy, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        FusedCollector(CustomEnv(4, seed=0), policy, frames_per_batch=8)
+    assert "CustomEnv needs a TensorDictModule that was made for it" in str(raised.value)
+
+
+def test_trying_a_policy_draws_no_random_number():
+    env = CustomEnv(4, seed=0)
+    torch.manual_seed(0)
+    FusedCollector(env, agent(env), frames_per_batch=8)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    agent(env)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_what_a_policy_overwrites_is_stored_and_what_it_keeps_to_itself_is_not():
@@ -104,7 +139,7 @@ def test_a_policy_sees_what_the_environment_wrote():
 
     collector = build(FusedCollector, CustomEnv(4, seed=0, max_steps=3), lambda _: policy, steps=9)
     (batch,) = take(collector, 1)
-    for row, given in zip(batch.unbind(-1), seen, strict=True):
+    for row, given in zip(batch.unbind(-1), seen[1:], strict=True):  # the first one only tries the policy
         for key in given.keys(True, True):
             assert torch.equal(row[key], given[key]), key
     assert set(seen[0].keys(True, True)) == set(CustomEnv(4).reset().keys(True, True))
@@ -175,12 +210,15 @@ def test_shutdown_closes_the_environment_once():
 
 
 def test_a_policy_that_raises_shuts_down():
+    calls = []
+
     def policy(td):
-        raise ZeroDivisionError
+        calls.append(1)
+        return td.set("action", torch.ones(td.batch_size, dtype=torch.int64) // (2 - len(calls)))
 
     collector = build(FusedCollector, CustomEnv(4, seed=0), lambda _: policy)
     collector.env.is_closed = False
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         next(iter(collector))
     assert collector.env.is_closed
 

@@ -176,14 +176,21 @@ def test_iterating_is_one_pass():
         assert sorted(torch.cat([batch["number"] for batch in buffer]).tolist()) == list(range(20))
 
 
+@pytest.mark.parametrize("size", [0, -1, 1.5, "100", True])
+def test_a_storage_of_no_size_is_refused(size):
+    with pytest.raises(ValueError, match=f"max_size must be an integer >= 1; got {size!r}"):
+        PackedStorage(size)
+
+
 def test_what_cannot_be_drawn_is_refused():
     buffer = packed()
     for draw in (buffer.sample, lambda: buffer.sample_many(2)):
         with pytest.raises(RuntimeError, match="empty storage"):
             draw()
     buffer.extend(numbered(0, 1))
-    with pytest.raises(ValueError, match="count must be >= 1; got 0"):
-        buffer.sample_many(0)
+    for count in (0, 2.5, "3", True):
+        with pytest.raises(ValueError, match=f"count must be an integer >= 1; got {count!r}"):
+            buffer.sample_many(count)
     unsized = PackedReplayBuffer(storage=PackedStorage(10))
     unsized.extend(numbered(0, 1))
     with pytest.raises(RuntimeError, match="batch_size not specified"):

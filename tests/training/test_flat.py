@@ -131,6 +131,11 @@ def test_what_cannot_be_flattened_is_refused():
     assert free.data_ptr() == before, "nothing was changed"
 
 
+def test_a_module_is_not_its_parameters():
+    with pytest.raises(TypeError, match=r"give the module's parameters: FlatParameter\(Linear.parameters\(\)\)"):
+        FlatParameter(torch.nn.Linear(2, 2))
+
+
 def test_a_parameter_that_left_is_noticed():
     def new_tensor(model):
         model[2].weight.data = model[2].weight.data.clone()

@@ -87,6 +87,17 @@ def test_a_target_updater_of_another_kind_is_refused():
         OptimStep(loss, adam(loss.parameters()), "fp32", target_updater=lambda: None)
 
 
+def test_what_is_no_loss_no_optimizer_or_no_switch_is_refused():
+    loss = linear()
+    optimizer = adam(loss.parameters())
+    for given in ((optimizer, loss), (loss, "adam"), (loss, [optimizer])):
+        with pytest.raises(TypeError, match="OptimStep takes a loss, then an optimizer"):
+            OptimStep(*given, "fp32")
+    for option in ("compile", "cudagraph"):
+        with pytest.raises(TypeError, match="compile and cudagraph must be True or False"):
+            OptimStep(loss, optimizer, "fp32", **{option: "off"})
+
+
 def test_a_loss_module_without_losses_is_refused():
     loss = Loss(nn.Linear(1, 1), lambda model, batch: {"objective": model.weight.sum()})
     with pytest.raises(ValueError, match=r"no entry that starts with 'loss', only \['objective'\]"):
