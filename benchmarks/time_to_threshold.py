@@ -47,7 +47,7 @@ class Options:
     """Seeds, counted from --first-seed."""
     first_seed: int = 0
     """The first seed."""
-    eval_every: int = 1024
+    eval_every: int = 2048
     """Evaluate after at most this many frames."""
     eval_episodes: int = 20
     """Episodes of each evaluation."""

@@ -142,7 +142,10 @@ def parse(argv: list[str]) -> tuple[RecipeConfig, Options[Any]]:
     saved = _peek(argv, "--resume")
     if saved is not None:
         options = RunFolder(saved).read_config()
-        recipe = config_class(options.get("algo", "actor-critic"))
+        algo = options.get("algo", "actor-critic")
+        if _peek(argv, "--algo") not in (None, algo):
+            raise ValueError(_kept(["algo"], saved))
+        recipe = config_class(algo)
         default = recipe.from_dict(options)
     else:
         recipe = config_class(_peek(argv, "--algo") or "actor-critic")
@@ -160,10 +163,7 @@ def parse(argv: list[str]) -> tuple[RecipeConfig, Options[Any]]:
         same_end = {name: getattr(default, name) for name in EXTENDABLE}
         ours, theirs = replace(parsed.config, **same_end).to_dict(), default.to_dict()
         if conflicts := [name for name in ours if ours[name] != theirs[name]]:
-            raise ValueError(
-                f"a resumed run keeps its options; {_flags(conflicts)} differ from those in {saved}/config.json. "
-                f"Only {_flags(EXTENDABLE)} may change"
-            )
+            raise ValueError(_kept(conflicts, saved))
     return parsed.config, parsed
 
 
@@ -189,6 +189,13 @@ def _peek(argv: list[str], option: str) -> str | None:
         if name == option:
             return value if equals else next(iter(argv[place + 1 :]), None)
     return None
+
+
+def _kept(conflicts: list[str], saved: str) -> str:
+    return (
+        f"a resumed run keeps its options, as {saved}/config.json has them: leave out {_flags(conflicts)}. "
+        f"Only {_flags(EXTENDABLE)} may change"
+    )
 
 
 def _flags(names: Any) -> str:

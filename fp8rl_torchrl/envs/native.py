@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -92,7 +93,7 @@ class NativeEnv(EnvBase):
         **constants: The fields of the dynamics.
 
     Raises:
-        ValueError: If ``num_envs`` is not positive or a constant is out of range.
+        ValueError: If ``num_envs`` is not positive, ``seed`` is not an integer or a constant is out of range.
         TypeError: If a constant is unknown.
     """
 
@@ -125,6 +126,8 @@ class NativeEnv(EnvBase):
             )
         if num_envs is not None and (isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1):
             raise ValueError(f"num_envs must be a positive integer, or None for a single environment; got {num_envs!r}")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
+            raise ValueError(f"seed must be an integer, or None for one that torch draws; got {seed!r}")
         self.num_envs = num_envs
         self.dynamics = self.dynamics_type(**constants)
         # Of the dynamics and not of the environment: a compiler then has no module to guard.
@@ -138,7 +141,7 @@ class NativeEnv(EnvBase):
             self.register_buffer(name, index.to(self.device), persistent=False)
         self._reseeded: torch.Tensor | None
         self.register_buffer("_reseeded", None, persistent=False)
-        self.set_seed(int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed)
+        self.set_seed(int(torch.empty((), dtype=torch.int64).random_() if seed is None else seed))
         self._reseeded = None  # so that a run that was saved elsewhere goes on here with its own seed
 
     def fresh(self: _Env, num_envs: int | None = None, seed: int | None = None) -> _Env:

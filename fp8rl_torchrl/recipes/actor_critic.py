@@ -46,6 +46,8 @@ class ActorCriticConfig(RecipeConfig):
                 raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
         if not self.min_replay <= self.replay_size:
             raise ValueError(f"min_replay {self.min_replay} would never be stored in replay_size {self.replay_size}")
+        if self.batch_size > self.replay_size:
+            raise ValueError(f"batch_size {self.batch_size} is more than replay_size {self.replay_size} holds")
         if self.replay_size < self.frames_per_collection:
             raise ValueError(f"replay_size must hold a collection, {self.frames_per_collection} transitions")
         if not 0 <= self.lr_final <= 1:

@@ -215,6 +215,8 @@ class RecipeConfig(LoopConfig, RunSchedule):
         )
 
     def _precision(self, name: str) -> Precision:
+        if self.rollout_precision == "auto":
+            raise ValueError("rollout_precision takes the name of a precision, or nothing: only precision may be auto")
         if name == "auto":  # what it stands for is known once it is resolved
             name = "fp32"
         precision = Precision(name, init_scale=self.init_scale, growth_interval=self.growth_interval)

@@ -69,7 +69,7 @@ def evaluate(
 
     Raises:
         ValueError: If ``episodes`` is not positive, ``seed`` is out of range, or the environment cannot be copied.
-        TypeError: If ``policy`` is a module that cannot be called, such as a whole agent.
+        TypeError: If ``policy`` cannot be called, as a whole agent cannot, or ``env`` is no environment.
         RuntimeError: If an episode does not end within ``max_episode_steps``.
 
     Example:
@@ -80,6 +80,10 @@ def evaluate(
     """
     if isinstance(policy, nn.Module) and type(policy).forward is nn.Module.forward:
         raise TypeError(f"evaluate takes a policy, not the whole {type(policy).__name__}: pass its .policy")
+    if isinstance(policy, EnvBase) or not callable(policy) or not (callable(env) or isinstance(env, EnvBase)):
+        raise TypeError(
+            f"evaluate takes a policy, then an environment; got {type(policy).__name__} and {type(env).__name__}"
+        )
     if episodes < 1:
         raise ValueError(f"episodes must be >= 1; got {episodes}")
     if not 0 <= seed < 2**32:

@@ -93,6 +93,12 @@ def test_without_a_seed_starts_follow_the_global_generator():
     assert_same(first, CustomEnv(num_envs=2).reset())
 
 
+@pytest.mark.parametrize("seed", ["a", 1.5, True])
+def test_a_seed_is_an_integer(seed):
+    with pytest.raises(ValueError, match=f"seed must be an integer, or None for one that torch draws; got {seed!r}"):
+        CustomEnv(4, seed=seed)
+
+
 def test_a_seed_uses_no_global_randomness():
     before = torch.get_rng_state()
     run(CustomEnv(num_envs=2, seed=0))

@@ -353,6 +353,13 @@ def test_an_error_in_an_episode_closes_the_copy():
     assert built[0].is_closed
 
 
+def test_what_is_no_policy_or_no_environment_is_refused():
+    env = CustomEnv(4)
+    for given in ((env, lambda seen: seen), ("policy", env), (lambda seen: seen, "CustomEnv")):
+        with pytest.raises(TypeError, match="evaluate takes a policy, then an environment; got"):
+            evaluate(*given)
+
+
 def test_a_whole_agent_is_refused_by_name():
     env = CustomEnv(num_envs=2, seed=0)
     with pytest.raises(TypeError, match=r"takes a policy, not the whole ActorCritic: pass its \.policy"):
