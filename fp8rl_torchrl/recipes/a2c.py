@@ -30,6 +30,8 @@ class A2CConfig(OnPolicyConfig):
     """Environments stepped side by side."""
     frames_per_collection: int = 8192
     """Environment steps between two updates, over all environments."""
+    report_every: int = 1000
+    """Print the average return of every so many episodes, of which many environments end a lot."""
     eval_every: int = 500_000
     """Evaluate after this many environment steps; 0 evaluates at the end only."""
     activation: Literal["tanh", "relu"] = "relu"
