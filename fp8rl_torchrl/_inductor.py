@@ -97,10 +97,25 @@ def _replace(graph: torch.fx.Graph, old: torch.fx.Node, new: torch.fx.Node) -> N
     graph.erase_node(old)
 
 
-def _all_but_memos(guards: Sequence[Any]) -> list[bool]:
-    # tensordict remembers which classes it has seen, in dicts that grow when anything else uses another class, such as
-    # an evaluation. What is remembered never changes; guarded, each new class would have everything compiled again.
-    return ["_MEMO" not in guard.name for guard in guards]
+_CODE = ("MODULE_MATCH", "BUILTIN_MATCH", "CLASS_MATCH", "CLOSURE_MATCH")
+"""Guards on Python's own modules, on functions and on classes."""
+
+
+def _worth_watching(guards: Sequence[Any]) -> list[bool]:
+    """Which guards are evaluated before every call; watching everything took a tenth of a short update.
+
+    Modules are watched, with their layers and modes, and so are tensors and settings. Not watched is code that
+    only a patch of a running program would change: functions and classes of Python's modules, and attributes that an
+    object could hide a method with, unless the object is an `nn.Module`, where that is usual. Nor is what tensordict
+    remembers of classes: its dicts grow when anything else uses another class, such as an evaluation, and each would
+    have everything compiled again.
+    """
+    kept = []
+    for guard in guards:
+        patched = guard.guard_type in _CODE and not guard.name.startswith("self.")
+        hidden = guard.guard_type == "NOT_PRESENT_IN_GENERIC_DICT" and not isinstance(guard.value, torch.nn.Module)
+        kept.append(not (patched or hidden or "_MEMO" in guard.name))
+    return kept
 
 
 def compiled(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -118,7 +133,7 @@ def compiled(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     options = {
         "post_grad_custom_post_pass": _RewriteProducts(),
-        "guard_filter_fn": _all_but_memos,
+        "guard_filter_fn": _worth_watching,
         # Vectors that are filled in part are copied number by number: slower than the plain loop over a few logits.
         "cpp.enable_loop_tail_vec": False,
         **options,

@@ -96,7 +96,7 @@ def test_compiled_gradients_are_the_same():
 
 @pytest.mark.slow
 def test_changes_of_a_compiled_module_are_seen():
-    """None is silently ignored: evaluation mode, another layer, a conversion to FP8."""
+    """None is silently ignored: evaluation mode, another layer, a layer's own method, a conversion to FP8."""
     model, x = Model(nn.Linear(32, 32), nn.Dropout(0.9), nn.Linear(32, 32), nn.Linear(32, 2)), torch.randn(8, 32)
     run = compiled(model.run)
     run(x)
@@ -104,6 +104,9 @@ def test_changes_of_a_compiled_module_are_seen():
     torch.testing.assert_close(run(x), model.run(x))
     model.module[0] = nn.Linear(32, 32)
     torch.testing.assert_close(run(x), model.run(x))
+    model.module[3].forward = lambda inputs: inputs[:, :2] - 1
+    torch.testing.assert_close(run(x), model.run(x))
+    del model.module[3].forward
     high = model.run(x)
     convert(model.module, Precision("fp8", base="fp32"))
     torch.testing.assert_close(run(x), model.run(x))
