@@ -96,8 +96,8 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
         above = [max(each.values()) - m for m, each in zip(middle, measured.values(), strict=True)]
         colors = ["tab:orange" if peer == "ours" else "tab:blue" for peer, _ in measured]
         axes.barh(names, middle, xerr=[below, above], color=colors, height=0.7, error_kw={"elinewidth": 0.8})
-        for place, value in enumerate(middle):
-            axes.annotate(f"{value:,.0f} ", (value, place), ha="right", va="center", fontsize=7, color="white")
+        for place, (value, error) in enumerate(zip(middle, below, strict=True)):  # clear of the whisker
+            axes.annotate(f"{value:,.0f} ", (value - error, place), ha="right", va="center", fontsize=7, color="white")
         axes.invert_yaxis()
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
