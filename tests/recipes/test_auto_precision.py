@@ -123,14 +123,14 @@ def test_unresolved_it_is_refused():
 
 
 @pytest.mark.slow
-def test_the_choice_is_within_ten_percent_of_the_best(monkeypatch):
+def test_the_choice_is_within_ten_percent_of_the_best(monkeypatch, tmp_path):
     """Or inside the noise of the measurement: judged by five fresh turns of every candidate."""
     monkeypatch.setattr("fp8rl_torchrl.recipes.auto_precision.TURN_SECONDS", 0.2)
     config = A2CConfig(precision="auto", num_envs=256, frames_per_collection=2048, device="cpu", compile="off")
     _, auto = resolve_precision(config)
-    monkeypatch.setenv("FP8RL_TORCHRL_CACHE", "/nonexistent")
-    with pytest.warns(UserWarning, match="cannot be written"):
-        _, fresh = resolve_precision(config)
+    monkeypatch.setenv("FP8RL_TORCHRL_CACHE", str(tmp_path / "another"))
+    _, fresh = resolve_precision(config)
+    assert not fresh.cached
     best = min(median(times) for times in fresh.seconds.values())
     noise = max(max(times) - min(times) for times in fresh.seconds.values())
     assert median(fresh.seconds[auto.name]) <= max(1.1 * best, best + noise)
