@@ -54,8 +54,9 @@ class FusedCollector(BaseCollector):
         cudagraph: Whether to capture; None does so where the environment is on a GPU and ``compile`` is on.
 
     Raises:
-        TypeError: If the environment does not offer what `PureEnv` lists.
-        ValueError: If a number is out of range, or a CUDA graph is asked for without a GPU.
+        TypeError: If the environment does not offer what `PureEnv` lists or is none, or ``compile`` is no bool.
+        ValueError: If a number is out of range, a CUDA graph is asked for without a GPU, or the policy cannot act in
+            this environment. It acts once here, to see; what it draws for that is put back.
 
     Example:
         >>> from fp8rl_torchrl.envs import CustomEnv

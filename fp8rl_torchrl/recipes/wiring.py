@@ -117,6 +117,8 @@ class RecipeConfig(LoopConfig, RunSchedule):
             raise ValueError(
                 f"collector='fused' needs an environment of pure functions, and {self.env} has none: use torchrl"
             )
+        if self.rollout_precision == "auto":
+            raise ValueError("rollout_precision takes the name of a precision, or nothing: only precision may be auto")
         precisions = self.make_precision(), self.make_rollout_precision()
         fp8_options = self.fp8_base, self.fp8_backend, self.fp8_skip
         if fp8_options != ("bf16", "auto", ()) and not any(precision.fp8_recipe for precision in precisions):
@@ -215,8 +217,6 @@ class RecipeConfig(LoopConfig, RunSchedule):
         )
 
     def _precision(self, name: str) -> Precision:
-        if self.rollout_precision == "auto":
-            raise ValueError("rollout_precision takes the name of a precision, or nothing: only precision may be auto")
         if name == "auto":  # what it stands for is known once it is resolved
             name = "fp32"
         precision = Precision(name, init_scale=self.init_scale, growth_interval=self.growth_interval)
