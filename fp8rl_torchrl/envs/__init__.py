@@ -8,7 +8,13 @@ from fp8rl_torchrl._lazy import lazy_names
 from fp8rl_torchrl.envs.gymnasium_env import register
 
 if TYPE_CHECKING:
-    from fp8rl_torchrl.envs.classic_control import CartPoleEnv
+    from fp8rl_torchrl.envs.classic_control import (
+        AcrobotEnv,
+        CartPoleEnv,
+        MountainCarContinuousEnv,
+        MountainCarEnv,
+        PendulumEnv,
+    )
     from fp8rl_torchrl.envs.conformance import (
         ConformanceReport,
         EnvConformanceError,
@@ -20,12 +26,16 @@ if TYPE_CHECKING:
     from fp8rl_torchrl.envs.native import NativeEnv
 
 __all__ = [
+    "AcrobotEnv",
     "CartPoleEnv",
     "ConformanceReport",
     "CustomEnv",
     "EnvConformanceError",
     "EnvConformanceSuite",
+    "MountainCarContinuousEnv",
+    "MountainCarEnv",
     "NativeEnv",
+    "PendulumEnv",
     "check_env",
     "make",
 ]
@@ -36,12 +46,16 @@ register()
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "AcrobotEnv": "classic_control",
         "CartPoleEnv": "classic_control",
         "ConformanceReport": "conformance",
         "CustomEnv": "custom",
         "EnvConformanceError": "conformance",
         "EnvConformanceSuite": "conformance",
+        "MountainCarContinuousEnv": "classic_control",
+        "MountainCarEnv": "classic_control",
         "NativeEnv": "native",
+        "PendulumEnv": "classic_control",
         "check_env": "conformance",
         "make": "gym",
     },

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fp8rl_torchrl.envs.custom_constants import START_POSITION, START_VELOCITY, CustomConstants
-from fp8rl_torchrl.envs.native import Limits, NativeEnv
+from fp8rl_torchrl.envs.native import Limits, NativeEnv, episode_start
 from fp8rl_torchrl.envs.noise import uniform
 
 
@@ -74,15 +74,7 @@ class CustomDynamics(CustomConstants):
         """
         place, speed = uniform(seed, index, episode, streams=2).unbind()
         position, velocity = (2 * place - 1) * START_POSITION, (2 * speed - 1) * START_VELOCITY
-        return CustomState(
-            position=position,
-            velocity=velocity,
-            step_count=torch.zeros_like(episode),
-            episode_reward=torch.zeros_like(position),
-            seed=seed,
-            index=index,
-            episode=episode,
-        )
+        return episode_start(CustomState, seed, index, episode, position=position, velocity=velocity)
 
     @staticmethod
     def observe(state: CustomState) -> torch.Tensor:

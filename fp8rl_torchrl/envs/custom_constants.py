@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from fp8rl_torchrl.envs._constants import ROUNDING, positive, refuse_unless
 
 START_POSITION = 0.5
 """An episode starts at a position uniform in plus or minus this."""
 START_VELOCITY = 0.05
 """An episode starts at a velocity uniform in plus or minus this."""
-
-# Limits are widened by this factor: float32 steps may round past a bound that holds for real numbers.
-_ROUNDING = 1 + 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,20 +37,13 @@ class CustomConstants:
 
     def __post_init__(self) -> None:
         """Refuse constants that make no environment."""
-        numbers = (self.dt, self.force, self.friction, self.bound, self.target, self.survival_reward, self.max_steps)
-        whole = isinstance(self.max_steps, int) and not isinstance(self.max_steps, bool)
         requirements = {
-            "dt must be > 0": self.dt > 0,
-            "force must be > 0": self.force > 0,
+            **positive(self, "dt", "force"),
             "friction must be >= 0 and friction * dt at most 1": 0 <= self.friction * self.dt <= 1,
             f"bound must be > {START_POSITION}, the farthest start": self.bound > START_POSITION,
             "target must lie within the bound": abs(self.target) <= self.bound,
-            "max_steps must be an integer >= 1": whole and self.max_steps >= 1,
-            "every constant must be a finite number": all(map(math.isfinite, numbers)),
         }
-        for requirement, met in requirements.items():
-            if not met:
-                raise ValueError(f"CustomEnv: {requirement}; got {self}")
+        refuse_unless(self, "CustomEnv", requirements)
 
     @property
     def terminal_velocity(self) -> float:
@@ -63,12 +54,12 @@ class CustomConstants:
     def max_velocity(self) -> float:
         """The highest speed that an episode can reach, with room for float32 rounding."""
         accelerated = START_VELOCITY + self.force * self.dt * self.max_steps
-        return min(accelerated, self.terminal_velocity) * _ROUNDING
+        return min(accelerated, self.terminal_velocity) * ROUNDING
 
     @property
     def max_position(self) -> float:
         """The farthest position that an episode can reach: one step beyond the bound."""
-        return (self.bound + self.max_velocity * self.dt) * _ROUNDING
+        return (self.bound + self.max_velocity * self.dt) * ROUNDING
 
     @property
     def reward_range(self) -> tuple[float, float]:

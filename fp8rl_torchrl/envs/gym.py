@@ -24,17 +24,33 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
-from fp8rl_torchrl.envs.classic_control import CartPoleEnv
+from fp8rl_torchrl.envs.classic_control import (
+    AcrobotEnv,
+    CartPoleEnv,
+    MountainCarContinuousEnv,
+    MountainCarEnv,
+    PendulumEnv,
+)
 from fp8rl_torchrl.envs.custom import CustomEnv
 from fp8rl_torchrl.envs.gymnasium_env import ENV_ID, CustomGymnasiumVectorEnv, register
 
-_NATIVE: dict[str, Callable[..., EnvBase]] = {"CustomEnv": CustomEnv, ENV_ID: CustomEnv, "CartPole-v1": CartPoleEnv}
+_NATIVE: dict[str, Callable[..., EnvBase]] = {
+    "CustomEnv": CustomEnv,
+    ENV_ID: CustomEnv,
+    "Acrobot-v1": AcrobotEnv,
+    "CartPole-v1": CartPoleEnv,
+    "MountainCar-v0": MountainCarEnv,
+    "MountainCarContinuous-v0": MountainCarContinuousEnv,
+    "Pendulum-v1": PendulumEnv,
+}
+# Extras of this package that bring what some of Gymnasium's environments need; its modules have the same names.
+_EXTRAS = ("box2d", "mujoco")
 # Vector environments that take a reset mask in every autoreset mode, and not only in the one that is made for it.
 _RESETTABLE = (SyncVectorEnv, AsyncVectorEnv, CustomGymnasiumVectorEnv)
 
 
 def is_native(id: str) -> bool:
-    """Whether `make` has a native environment for an id, pure functions of tensors that can be fused."""
+    """Whether `make` gives a native environment for an id: one of pure functions of tensors, which can be fused."""
     return (id.partition(":")[2] if id.startswith("fp8rl_torchrl:") else id) in _NATIVE
 
 
@@ -49,10 +65,20 @@ def make(
 ) -> EnvBase:
     """Make an environment: native where this package has one, else Gymnasium's own as a TorchRL environment.
 
-    ``"CustomEnv"`` and ``"fp8rl/CustomEnv-v0"`` give the native `CustomEnv`, ``"CartPole-v1"`` gives the native
-    `CartPoleEnv`; their classes say what they hold. Any other id, and with ``native=False`` these too, is made by
-    Gymnasium, all ``num_envs`` of it in this process, and returned as a `GymnasiumEnv`. Where only an id can be given,
-    as on a command line, ``"gymnasium:CartPole-v1"`` asks for Gymnasium's own. A `GymnasiumEnv` holds:
+    These ids are native, as `is_native` tells, and their classes say what they hold:
+
+    | id | class |
+    |---|---|
+    | ``"CustomEnv"``, ``"fp8rl/CustomEnv-v0"`` | `CustomEnv` |
+    | ``"Acrobot-v1"`` | `AcrobotEnv` |
+    | ``"CartPole-v1"`` | `CartPoleEnv` |
+    | ``"MountainCar-v0"`` | `MountainCarEnv` |
+    | ``"MountainCarContinuous-v0"`` | `MountainCarContinuousEnv` |
+    | ``"Pendulum-v1"`` | `PendulumEnv` |
+
+    Any other id, and with ``native=False`` these too, is made by Gymnasium, all ``num_envs`` of it in this process, and
+    returned as a `GymnasiumEnv`. Where only an id can be given, as on a command line, ``"gymnasium:CartPole-v1"`` asks
+    for Gymnasium's own. A `GymnasiumEnv` holds:
 
     | key | shape | dtype | |
     |---|---|---|---|
@@ -236,10 +262,19 @@ def _build(id: str | EnvSpec, num_envs: int | None, kwargs: dict[str, Any]) -> g
             f"there is no environment {name!r}: {error} Native ones: {', '.join(sorted(_NATIVE))}; "
             "gymnasium.pprint_registry() lists Gymnasium's. One of another package needs 'package:' before its id."
         ) from error
+    except gymnasium.error.DeprecatedEnv as error:
+        raise ValueError(f"the environment {name!r} is retired upstream, Gymnasium has it no more: {error}") from error
     except (gymnasium.error.Error, ImportError) as error:
-        entry_point = str(gymnasium.registry[name].entry_point) if name in gymnasium.registry else ""
-        advice = '. In short: pip install "fp8rl_torchrl[box2d]"' if ".box2d" in entry_point else ""
-        raise ValueError(f"the environment {name!r} cannot be made: {error}{advice}") from error
+        raise ValueError(f"the environment {name!r} cannot be made: {error}{_what_to_install(name, error)}") from error
+
+
+def _what_to_install(name: str, error: Exception) -> str:
+    """The extra of this package that brings what an environment lacks, as the end of a message."""
+    spec = gymnasium.registry.get(name.rpartition(":")[2])
+    if spec is None or not isinstance(error, (gymnasium.error.DependencyNotInstalled, ImportError)):
+        return ""
+    extra = next((extra for extra in _EXTRAS if f".{extra}." in str(spec.entry_point)), None)
+    return "" if extra is None else f'. In short: pip install "fp8rl_torchrl[{extra}]"'
 
 
 def _wrap_existing(

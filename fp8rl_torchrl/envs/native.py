@@ -13,6 +13,7 @@ from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
 _Env = TypeVar("_Env", bound="NativeEnv")
+_State = TypeVar("_State")
 _COUNTERS = ("seed", "index", "episode")
 _AT_ROOT = ("step_count", "episode_reward")
 
@@ -41,6 +42,32 @@ class Limits:
         low, high = self.reward
         bound = self.max_steps * max(-low, high) * (1 + self.max_steps * 2.0**-23)
         return -bound, bound
+
+
+def episode_start(
+    state_type: Callable[..., _State],
+    seed: torch.Tensor,
+    index: torch.Tensor,
+    episode: torch.Tensor,
+    **physics: torch.Tensor,
+) -> _State:
+    """The state with which an episode starts: its physics, no step and no reward so far, and the counters.
+
+    Args:
+        state_type: The NamedTuple class of the state.
+        seed: int64 ``[N]``, as `Dynamics.reset` is given it.
+        index: int64 ``[N]``, likewise.
+        episode: int64 ``[N]``, likewise.
+        **physics: float32 ``[N]``, the other fields of the state.
+    """
+    return state_type(
+        **physics,
+        step_count=torch.zeros_like(episode),
+        episode_reward=torch.zeros_like(episode, dtype=torch.float32),
+        seed=seed,
+        index=index,
+        episode=episode,
+    )
 
 
 class Dynamics(Protocol):
@@ -250,14 +277,14 @@ class NativeEnv(EnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         state = self.read(tensordict)
-        self._remember(state)
+        self.remember(state)
         state, observation, reward, terminated, truncated = self.pure_step(state, tensordict.get("action"))
         return self.write(state, observation, terminated, truncated).set("reward", reward.unsqueeze(-1))
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDictBase:
         mask = None if tensordict is None else tensordict.get("_reset", None)
         if tensordict is not None and "state" in tensordict.keys():
-            self._remember(self.read(tensordict))
+            self.remember(self.read(tensordict))
         new = torch.ones_like(self._episode) if mask is None else mask.reshape(self.batch_size).long()
         state = self.pure_reset(self._seed, self._index, self._episode + new)
         self._seed, self._index, self._episode = state.seed, state.index, state.episode
@@ -266,7 +293,12 @@ class NativeEnv(EnvBase):
         running = torch.zeros_like(self._episode, dtype=torch.bool)
         return self.write(state, self.observe(state), running, running)
 
-    def _remember(self, state: Any) -> None:
+    def remember(self, state: Any) -> None:
+        """Go on from a state's counters: the next reset, which may be handed nothing, starts the episodes after these.
+
+        Args:
+            state: A ``state_type``, each field of shape ``[N]``.
+        """
         seen = (state.seed, state.index, state.episode)
         if self._reseeded is not None:
             own = (self._seed, self._index, self._episode)

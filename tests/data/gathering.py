@@ -8,10 +8,10 @@ from tensordict import TensorDict
 from torchrl.collectors import Collector
 
 from fp8rl_torchrl.data.fused import FusedCollector
-from fp8rl_torchrl.envs import CartPoleEnv, CustomEnv
+from fp8rl_torchrl.envs import AcrobotEnv, CartPoleEnv, CustomEnv, PendulumEnv
 from fp8rl_torchrl.models.actor_critic import ActorCritic
 
-ENVS = [CustomEnv, CartPoleEnv, DriftEnv]
+ENVS = [CustomEnv, CartPoleEnv, DriftEnv, AcrobotEnv, PendulumEnv]
 STEPS = 20  # two blocks and a half
 
 
@@ -43,7 +43,7 @@ def apart(env):
 def _sign(env, observation):
     if env.action_spec.dtype == torch.int64:
         return (observation[..., 0] > 0).long()
-    return observation.sign() * 0.4
+    return observation[..., :1].sign() * 0.4
 
 
 POLICIES = [agent, no_policy, in_place, apart]

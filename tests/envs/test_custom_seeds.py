@@ -146,7 +146,7 @@ class Observed(CustomEnv):
 class CountsForAll(Observed):
     """Counts on the instance, and a new episode for every environment whenever one is reset."""
 
-    def _remember(self, state):
+    def remember(self, state):
         pass
 
     def _reset(self, tensordict=None, **kwargs):

@@ -9,15 +9,28 @@ from gymnasium import spaces
 from gymnasium.wrappers import FlattenObservation
 from torchrl.envs import EnvBase, TransformedEnv, check_env_specs
 
-from fp8rl_torchrl.envs.classic_control import CartPoleEnv
+from fp8rl_torchrl.envs.classic_control import (
+    AcrobotEnv,
+    CartPoleEnv,
+    MountainCarContinuousEnv,
+    MountainCarEnv,
+    PendulumEnv,
+)
 from fp8rl_torchrl.envs.custom import CustomEnv
-from fp8rl_torchrl.envs.gym import GymnasiumEnv, make
+from fp8rl_torchrl.envs.gym import GymnasiumEnv, is_native, make
 from fp8rl_torchrl.envs.gymnasium_env import ENV_ID
 
 pytestmark = pytest.mark.usefixtures("registered")
 
 
-CONTROL = ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "FrozenLake-v1"]
+NATIVE = {
+    "Acrobot-v1": AcrobotEnv,
+    "CartPole-v1": CartPoleEnv,
+    "MountainCar-v0": MountainCarEnv,
+    "MountainCarContinuous-v0": MountainCarContinuousEnv,
+    "Pendulum-v1": PendulumEnv,
+}
+CONTROL = [*NATIVE, "FrozenLake-v1"]
 
 
 # ---- native where we have one
@@ -33,20 +46,32 @@ def test_our_own_environment_is_native(name):
     assert make(name).batch_size == ()
 
 
-@pytest.mark.parametrize("name", ["CartPole-v1", "fp8rl_torchrl:CartPole-v1"])
-def test_cart_pole_is_native(name):
-    env = make(name, num_envs=3, seed=5, max_steps=7)
-    assert type(env) is CartPoleEnv
+@pytest.mark.parametrize("prefix", ["", "fp8rl_torchrl:"])
+@pytest.mark.parametrize("name", NATIVE)
+def test_control_tasks_are_native(name, prefix):
+    env = make(prefix + name, num_envs=3, seed=5, max_steps=7)
+    assert type(env) is NATIVE[name]
+    assert is_native(prefix + name)
     assert env.dynamics.max_steps == 7
-    torch.testing.assert_close(env.reset()["observation"], CartPoleEnv(num_envs=3, seed=5).reset()["observation"])
-    assert make(name).batch_size == ()
+    torch.testing.assert_close(env.reset()["observation"], NATIVE[name](num_envs=3, seed=5).reset()["observation"])
+    assert make(prefix + name).batch_size == ()
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_limit_of_an_episode_is_gymnasiums(name):
+    assert make(name).dynamics.max_steps == gymnasium.spec(name).max_episode_steps
+
+
+@pytest.mark.parametrize("name", ["FrozenLake-v1", "gymnasium:Pendulum-v1", "nowhere:Pendulum-v1", "Pendulum-v0"])
+def test_what_is_not_native_is_not_called_so(name):
+    assert not is_native(name)
 
 
 # ---- Gymnasium's own
 
 
 @pytest.mark.parametrize("num_envs", [None, 2])
-@pytest.mark.parametrize("name", ["CartPole-v1", "CustomEnv", ENV_ID])
+@pytest.mark.parametrize("name", [*NATIVE, "CustomEnv", ENV_ID])
 def test_without_native_it_is_gymnasiums_own_and_so_is_its_fresh_copy(name, num_envs):
     env = make(name, num_envs, seed=0, native=False)
     for each in (env, env.fresh(seed=1)):

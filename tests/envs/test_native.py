@@ -9,9 +9,9 @@ from rollouts import assert_same, run
 from torchrl.data import Bounded, Categorical
 from torchrl.envs import EnvBase
 
-from fp8rl_torchrl.envs import CartPoleEnv, CustomEnv, EnvConformanceError, check_env
+from fp8rl_torchrl.envs import AcrobotEnv, CartPoleEnv, CustomEnv, EnvConformanceError, PendulumEnv, check_env
 
-ENVS = [CustomEnv, CartPoleEnv, DriftEnv]
+ENVS = [CustomEnv, CartPoleEnv, DriftEnv, AcrobotEnv, PendulumEnv]
 
 
 def same_way(td):
@@ -38,7 +38,7 @@ def advance_to(env, steps):
 @pytest.mark.parametrize("num_envs", [None, 1, 8])
 @pytest.mark.parametrize("make", ENVS)
 def test_passes_every_check(make, num_envs):
-    report = check_env(lambda: make(num_envs), max_steps=40)
+    report = check_env(lambda: make(num_envs, max_steps=15), max_steps=40)
     partial = {"partial_reset_isolated", "partial_reset_applied"}
     assert set(report.not_reached) == (set() if num_envs == 8 else partial)
 
@@ -202,7 +202,7 @@ def test_a_step_of_the_environment_is_the_pure_step_read_and_written(make):
 
 @pytest.mark.parametrize("make", ENVS)
 def test_an_episode_starts_as_the_pure_reset_says(make):
-    env = make(4, seed=11)
+    env = make(4, seed=11, max_steps=20)
     rollout = act(env, 60)
     starts = rollout[rollout["step_count"].squeeze(-1) == 0]
     assert starts["state", "episode"].max() >= 2

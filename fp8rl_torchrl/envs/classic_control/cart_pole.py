@@ -1,19 +1,18 @@
-"""Native forms of Gymnasium's classic control tasks."""
+"""`CartPoleEnv`: balance a pole on a cart, Gymnasium's CartPole-v1 as a native, batched TorchRL environment."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from fp8rl_torchrl.envs.native import Limits, NativeEnv
+from fp8rl_torchrl.envs._constants import ROUNDING, positive, refuse_unless
+from fp8rl_torchrl.envs.native import Limits, NativeEnv, episode_start
 from fp8rl_torchrl.envs.noise import uniform
 
-# Limits are widened by this factor: float32 steps may round past a bound that holds for real numbers.
-_ROUNDING = 1 + 1e-5
-_CART_POLE_START = 0.05
+_START = 0.05
 
 
 class CartPoleState(NamedTuple):
@@ -67,19 +66,10 @@ class CartPoleDynamics:
 
     def __post_init__(self) -> None:
         """Refuse constants that make no environment."""
-        whole = isinstance(self.max_steps, int) and not isinstance(self.max_steps, bool)
-        positive = ("gravity", "cart_mass", "pole_mass", "half_length", "force", "dt")
-        requirements = {f"{name} must be > 0": getattr(self, name) > 0 for name in positive}
+        requirements = positive(self, "gravity", "cart_mass", "pole_mass", "half_length", "force", "dt")
         for name in ("position_bound", "angle_bound"):
-            requirements[f"{name} must be > {_CART_POLE_START}, the farthest start"] = (
-                getattr(self, name) > _CART_POLE_START
-            )
-        requirements["max_steps must be an integer >= 1"] = whole and self.max_steps >= 1
-        finite = all(math.isfinite(getattr(self, field.name)) for field in fields(self))
-        requirements["every constant must be a finite number"] = finite
-        for requirement, met in requirements.items():
-            if not met:
-                raise ValueError(f"CartPoleEnv: {requirement}; got {self}")
+            requirements[f"{name} must be > {_START}, the farthest start"] = getattr(self, name) > _START
+        refuse_unless(self, "CartPoleEnv", requirements)
 
     def step(
         self, state: CartPoleState, action: torch.Tensor
@@ -130,18 +120,17 @@ class CartPoleDynamics:
         Returns:
             The state at the start, each field of the counters' shape.
         """
-        noise = (2 * uniform(seed, index, episode, streams=4) - 1) * _CART_POLE_START
+        noise = (2 * uniform(seed, index, episode, streams=4) - 1) * _START
         position, velocity, angle, angular_velocity = noise.unbind()
-        return CartPoleState(
+        return episode_start(
+            CartPoleState,
+            seed,
+            index,
+            episode,
             position=position,
             velocity=velocity,
             angle=angle,
             angular_velocity=angular_velocity,
-            step_count=torch.zeros_like(episode),
-            episode_reward=torch.zeros_like(position),
-            seed=seed,
-            index=index,
-            episode=episode,
         )
 
     @staticmethod
@@ -156,7 +145,7 @@ class CartPoleDynamics:
         A step that led from within a bound to within it had a speed of at most twice the bound per step. Two steps can
         come after that: itself, and one that ends the episode. Each adds the highest acceleration at most.
         """
-        start, dt, mass = _CART_POLE_START, self.dt, self.cart_mass + self.pole_mass
+        start, dt, mass = _START, self.dt, self.cart_mass + self.pole_mass
         sine = min(1.0, self.angle_bound)
 
         def accelerations(angular_velocity: float) -> tuple[float, float]:
@@ -177,7 +166,7 @@ class CartPoleDynamics:
             "angle": self.angle_bound + dt * reached[0][1],
             "angular_velocity": reached[1][1],
         }
-        state = {name: (-value * _ROUNDING, value * _ROUNDING) for name, value in highest.items()}
+        state = {name: (-value * ROUNDING, value * ROUNDING) for name, value in highest.items()}
         return Limits(
             actions=2, observation=tuple(state.values()), state=state, reward=(0.0, 1.0), max_steps=self.max_steps
         )

@@ -2,25 +2,26 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
-from rollouts import push, run
+from episode_returns import CRITICAL, gymnasium_returns, native_returns, scaled_distance
+from gymnasium_twin import Twin, anywhere, assert_agrees, assert_starts_agree, step_of, visited
+from rollouts import assert_in_specs, push, run
 
-from fp8rl_torchrl.envs.classic_control import CartPoleDynamics, CartPoleEnv, CartPoleState
+from fp8rl_torchrl.envs.classic_control import CartPoleDynamics, CartPoleEnv
 
 RANDOM, BALANCING, LEAVING = 20, 4, 4  # episodes
+THRESHOLDS = np.array([2.4, 12 * math.pi / 180])
 
 
-def states(physics, step_count=0):
-    """A state of shape [N] from physics [N, 4], at a step count or at one for each."""
-    physics = torch.as_tensor(np.asarray(physics), dtype=torch.float32)
-    count = torch.zeros(len(physics), dtype=torch.int64) + torch.as_tensor(step_count)
-    zero = torch.zeros_like(count)
-    return CartPoleState(*physics.unbind(-1), count, count.to(torch.float32), zero, zero, zero)
+def near(after, bound):
+    return (np.abs(np.abs(after[:, [0, 2]]) - THRESHOLDS) <= bound[[0, 2]]).any(-1)
+
+
+CART_POLE = Twin(id="CartPole-v1", env=CartPoleEnv, seen=(0, 1, 2, 3), near=near)
+states = CART_POLE.states
 
 
 # --- by hand ---
@@ -83,18 +84,6 @@ def test_starts_fill_their_intervals_and_stay_inside():
 # --- agreement with Gymnasium, step by step ---
 
 
-class Steps(NamedTuple):
-    """Every step of some Gymnasium episodes, in float64."""
-
-    before: np.ndarray  # [steps, 4]
-    step_count: np.ndarray
-    action: np.ndarray
-    after: np.ndarray  # [steps, 4]
-    reward: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-
-
 def steer(state, goal=0.0):
     """A controller that keeps the pole up, pushing the way it falls, and drives the cart to the goal."""
     x, v, angle, w = state
@@ -111,35 +100,7 @@ def drive(episode, state, noise):
 
 @pytest.fixture(scope="module")
 def steps():
-    env, noise, rows = gymnasium.make("CartPole-v1"), np.random.default_rng(0), []
-    for episode in range(RANDOM + BALANCING + LEAVING):
-        env.reset(seed=episode)
-        over, count = False, 0
-        while not over:
-            before = np.array(env.unwrapped.state)
-            action = drive(episode, before, noise)
-            _, reward, terminated, truncated, _ = env.step(action)
-            rows.append((before, count, action, np.array(env.unwrapped.state), reward, terminated, truncated))
-            over, count = terminated or truncated, count + 1
-    return Steps(*map(np.array, zip(*rows, strict=True)))
-
-
-def assert_agrees(step, steps):
-    """One native step from every state gives Gymnasium's, within 4 float32 ulp of each number's scale.
-
-    A number's scale is the largest magnitude that it has in these episodes.
-    """
-    start = states(steps.before, torch.as_tensor(steps.step_count))
-    following, observation, reward, terminated, truncated = step(start, torch.as_tensor(steps.action))
-    bound = 4 * np.spacing(np.abs(steps.before).max(0).astype(np.float32)).astype(np.float64)
-    assert torch.equal(CartPoleDynamics.observe(following), observation)
-    assert (np.abs(observation.double().numpy() - steps.after) <= bound).all()
-    assert np.array_equal(reward.numpy(), steps.reward)
-    assert np.array_equal(following.episode_reward.numpy(), steps.step_count + steps.reward)
-    thresholds = np.array([2.4, 12 * math.pi / 180])
-    near = (np.abs(np.abs(steps.after[:, [0, 2]]) - thresholds) <= bound[[0, 2]]).any(-1)
-    assert np.array_equal(terminated.numpy()[~near], steps.terminated[~near])
-    assert np.array_equal(truncated.numpy(), steps.truncated)
+    return visited(CART_POLE, drive, RANDOM + BALANCING + LEAVING)
 
 
 def test_the_episodes_show_all_that_there_is_to_agree_on(steps):
@@ -151,27 +112,25 @@ def test_the_episodes_show_all_that_there_is_to_agree_on(steps):
 
 
 def test_a_step_from_every_state_agrees(steps):
-    assert_agrees(CartPoleDynamics().step, steps)
+    assert_agrees(CART_POLE, CartPoleDynamics().step, steps)
 
 
 def test_a_step_of_the_environment_agrees(steps):
-    """Injected into the TensorDict, as a user would."""
-    env = CartPoleEnv(len(steps.action), seed=0)
+    assert_agrees(CART_POLE, step_of(CartPoleEnv(len(steps.action), seed=0)), steps)
 
-    def step(state, action):
-        no = torch.zeros_like(action, dtype=torch.bool)
-        data = env.write(state, env.observe(state), no, no).set("action", action)
-        following = env.step(data)["next"]
-        ends = (following[name].squeeze(-1) for name in ("reward", "terminated", "truncated"))
-        return env.read(following), following["observation"], *ends
 
-    assert_agrees(step, steps)
+def test_the_equations_are_gymnasiums_wherever_a_state_may_be():
+    """In float64 nothing but the last bits differs."""
+    steps = anywhere(CART_POLE, lambda noise, count: noise.integers(2, size=count))
+    assert_agrees(CART_POLE, CartPoleDynamics().step, steps, bound=1e-12, dtype=torch.float64)
+    with pytest.raises(AssertionError):
+        assert_agrees(CART_POLE, CartPoleDynamics(gravity=9.800001).step, steps, bound=1e-12, dtype=torch.float64)
 
 
 @pytest.mark.slow
 def test_a_step_agrees_when_inductor_generates_the_code(steps):
     torch.compiler.reset()
-    assert_agrees(torch.compile(CartPoleDynamics().step, fullgraph=True), steps)
+    assert_agrees(CART_POLE, torch.compile(CartPoleDynamics().step, fullgraph=True), steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,22 +190,12 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_another_task_does_not_agree(name, steps):
     with pytest.raises(AssertionError):
-        assert_agrees(WRONG[name].step, steps)
+        assert_agrees(CART_POLE, WRONG[name].step, steps)
 
 
 # --- agreement with Gymnasium, return for return ---
 
 EPISODES = 600
-# Two-sample Kolmogorov-Smirnov at alpha = 0.001: the critical scaled distance is sqrt(-ln(alpha / 2) / 2) = 1.949.
-# Ties, as returns are whole numbers, only make the test more careful.
-CRITICAL = math.sqrt(-math.log(0.001 / 2) / 2)
-
-
-def scaled_distance(first, second):
-    """The largest distance of two empirical distributions, times sqrt(n m / (n + m))."""
-    points = np.concatenate((first, second))
-    shares = [np.searchsorted(np.sort(sample), points, side="right") / len(sample) for sample in (first, second)]
-    return np.abs(shares[0] - shares[1]).max() * math.sqrt(len(first) * len(second) / (len(first) + len(second)))
 
 
 def test_the_distance_by_hand():
@@ -255,44 +204,29 @@ def test_the_distance_by_hand():
     assert scaled_distance(np.arange(9), np.arange(9)) == 0
 
 
+def at_random(observation, noise):
+    return (noise < 0.5).astype(np.int64)
+
+
 @pytest.fixture(scope="module")
-def gymnasium_returns():
-    """Returns of Gymnasium's episodes under uniformly random actions; seed 0."""
-    env, noise, returns = gymnasium.make("CartPole-v1"), np.random.default_rng(0), []
-    env.reset(seed=0)
-    for _ in range(EPISODES):
-        env.reset()
-        total, over = 0.0, False
-        while not over:
-            _, reward, terminated, truncated, _ = env.step(int(noise.integers(2)))
-            total, over = total + reward, terminated or truncated
-        returns.append(total)
-    return np.array(returns)
+def expected():
+    return gymnasium_returns("CartPole-v1", at_random, EPISODES)
 
 
-def returns_of(env, seed=0):
-    """Returns of the first episode of each environment, under uniformly random actions."""
-    generator = torch.Generator().manual_seed(seed)
-    data = env.reset()
-    returns, running = torch.zeros(env.batch_size), torch.ones(env.batch_size, dtype=torch.bool)
-    while running.any():
-        action = torch.randint(2, env.batch_size, generator=generator)
-        stepped, data = env.step_and_maybe_reset(data.set("action", action))
-        done = stepped["next", "done"].squeeze(-1)
-        returns = torch.where(running & done, stepped["next", "episode_reward"].squeeze(-1), returns)
-        running = running & ~done
-    return returns.numpy()
-
-
-def test_returns_have_the_same_distribution(gymnasium_returns):
-    assert scaled_distance(returns_of(CartPoleEnv(EPISODES, seed=0)), gymnasium_returns) < CRITICAL
+def test_returns_have_the_same_distribution(expected):
+    assert scaled_distance(native_returns(CartPoleEnv(EPISODES, seed=0), at_random), expected) < CRITICAL
 
 
 @pytest.mark.parametrize(
     "constants", [{"force": 6.0}, {"half_length": 0.7}, {"dt": 0.024}, {"angle_bound": 18 * math.pi / 180}]
 )
-def test_returns_of_another_task_have_another_distribution(constants, gymnasium_returns):
-    assert scaled_distance(returns_of(CartPoleEnv(EPISODES, seed=0, **constants)), gymnasium_returns) > CRITICAL
+def test_returns_of_another_task_have_another_distribution(constants, expected):
+    env = CartPoleEnv(EPISODES, seed=0, **constants)
+    assert scaled_distance(native_returns(env, at_random), expected) > CRITICAL
+
+
+def test_starts_have_the_same_distribution():
+    assert_starts_agree(CART_POLE, CartPoleDynamics())
 
 
 # --- the environment ---
@@ -313,9 +247,8 @@ def test_truncated_at_step_500_and_not_before():
 def test_values_stay_in_their_specs_even_where_the_constants_are_extreme():
     for constants in ({}, {"force": 1e3}, {"dt": 0.5}, {"gravity": 500.0, "angle_bound": 1.5}, {"pole_mass": 50.0}):
         env = CartPoleEnv(4, seed=0, **constants)
-        for policy in (push(0), push(1), env.rand_action):
-            for data in run(env, policy, 60)["next"].unbind(-1):
-                assert env.observation_spec.is_in(data.select(*env.observation_spec.keys(True, True)))
+        for policy in (push(0), push(1), None):
+            assert_in_specs(env, policy, 60)
     tight = CartPoleEnv(4, seed=0).observation_spec["state", "angle"].space.high.max()
     wild = run(CartPoleEnv(4, seed=0, dt=0.5), push(0), 60)["next", "state", "angle"]
     assert wild.abs().max() > tight  # so that other constants do need other limits
