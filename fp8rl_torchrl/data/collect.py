@@ -17,7 +17,7 @@ from fp8rl_torchrl.data.fused import FusedCollector
 
 
 def make_collector(
-    env: EnvBase, policy: Callable[[TensorDictBase], TensorDictBase], frames_per_batch: int
+    env: EnvBase, policy: Callable[[TensorDictBase], TensorDictBase], frames_per_batch: int, **options: Any
 ) -> Collector:
     """TorchRL's collector on one environment in this process, without an end.
 
@@ -25,6 +25,7 @@ def make_collector(
         env: The environment to step; batched environments are stepped side by side.
         policy: Writes ``action``; it samples, since the collector explores.
         frames_per_batch: Environment steps in each TensorDict ``[N, T]``, over all environments.
+        **options: Others of `torchrl.collectors.Collector`.
     """
     return Collector(
         env,
@@ -33,6 +34,7 @@ def make_collector(
         total_frames=-1,
         # The policies here are not recurrent, so they need no transform that marks the start of an episode.
         auto_register_policy_transforms=False,
+        **options,
     )
 
 
@@ -78,6 +80,8 @@ class CollectorState:
             collector._traj_pool.load_state_dict(state_dict["traj_pool"])
         if "live_step" in state_dict:
             live = TensorDict(state_dict["live_step"], batch_size=collector.env.batch_size).clone()
+            if hasattr(collector.env, "remember"):  # a native one, which may be reset without its TensorDict
+                collector.env.remember(collector.env.read(live))
             collector._carrier = live if collector._carrier_has_no_device else live.to(collector.env.device)
         else:
             collector.reset()

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torchrl.modules import MLP
 
+from fp8rl_torchrl.models.normalize import Normalize, RunningStatistics
+
 
 class Float32Head(nn.Linear):
     """A linear layer that computes in FP32 even inside autocast.
@@ -34,13 +36,19 @@ class Float32Head(nn.Linear):
             return super().forward(input.float())
 
 
-def mlp_encoder(in_features: int, hidden: Sequence[int], activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
+def mlp_encoder(
+    in_features: int,
+    hidden: Sequence[int],
+    activation: type[nn.Module] = nn.Tanh,
+    statistics: RunningStatistics | None = None,
+) -> nn.Sequential:
     """A multi-layer perceptron that ends in an activation, orthogonally initialised.
 
     Args:
         in_features: Size of the observation.
         hidden: Width of each layer, at least one.
         activation: The nonlinearity after every layer.
+        statistics: Its input is normalised by these; None takes it as it is.
 
     Raises:
         ValueError: If ``hidden`` is empty or holds a width below 1.
@@ -54,4 +62,6 @@ def mlp_encoder(in_features: int, hidden: Sequence[int], activation: type[nn.Mod
         if isinstance(layer, nn.Linear):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
+    if statistics is not None:
+        encoder.insert(0, Normalize(statistics))
     return encoder

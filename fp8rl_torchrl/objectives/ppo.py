@@ -45,6 +45,8 @@ class JointClipPPOLoss(LossModule):
         0
     """
 
+    clip_epsilon: torch.Tensor
+
     def __init__(
         self,
         actor_critic: JointModel,
@@ -60,7 +62,9 @@ class JointClipPPOLoss(LossModule):
         if not (critic_coeff >= 0 and entropy_coeff >= 0):
             raise ValueError(f"coefficients must be >= 0; got {critic_coeff=}, {entropy_coeff=}")
         self.actor_critic = actor_critic
-        self.clip_epsilon = clip_epsilon
+        # A tensor, so that it can be annealed while the loss is compiled.
+        device = next((parameter.device for parameter in self.parameters()), None)
+        self.register_buffer("clip_epsilon", torch.tensor(float(clip_epsilon), device=device))
         self.critic_coeff, self.entropy_coeff = critic_coeff, entropy_coeff
         self.normalize_advantage = normalize_advantage
         self.in_keys: list[Any] = [*actor_critic.value.in_keys, "action", "action_log_prob", "advantage"]

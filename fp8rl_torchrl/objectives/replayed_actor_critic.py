@@ -42,7 +42,7 @@ class ReplayedActorCriticLoss(LossModule):
         gamma: Discount, in ``[0, 1]``.
         max_weight: :math:`\bar\rho`; ``float("inf")`` never truncates.
         critic_coeff: :math:`c_V`.
-        entropy_coeff: :math:`c_H`.
+        entropy_coeff: :math:`c_H`; where it is 0 there is no ``loss_entropy``.
 
     Raises:
         ValueError: If a coefficient is out of range.
@@ -81,7 +81,8 @@ class ReplayedActorCriticLoss(LossModule):
         observed = actor_critic.value.in_keys
         stored = ["action", "action_log_prob", ("next", "reward"), ("next", "terminated")]
         self.in_keys: list[Any] = [*observed, *(("next", key) for key in observed), *stored]
-        self.out_keys = ["loss_actor", "loss_critic", "loss_entropy", "entropy", "importance_weight", "td_error"]
+        losses = ["loss_actor", "loss_critic", *(["loss_entropy"] if entropy_coeff else [])]
+        self.out_keys = [*losses, "entropy", "importance_weight", "td_error"]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Compute the losses of a batch of transitions.
@@ -110,14 +111,14 @@ class ReplayedActorCriticLoss(LossModule):
         ratio = (log_prob.detach() - tensordict["action_log_prob"]).exp()
         weight = ratio.clamp(max=self.max_weight)
         entropy = entropy_of(distribution).mean()
-        return TensorDict(
+        losses = TensorDict(
             {
                 "loss_actor": -(weight * td_error.detach() * log_prob).mean(),
                 "loss_critic": self.critic_coeff * 0.5 * (weight * td_error.square()).mean(),
-                "loss_entropy": -self.entropy_coeff * entropy,
                 "entropy": entropy.detach(),
                 "importance_weight": ratio.mean(),
                 "td_error": td_error.detach().abs().mean(),
             },
             batch_size=[],
         )
+        return losses.set("loss_entropy", -self.entropy_coeff * entropy) if self.entropy_coeff else losses

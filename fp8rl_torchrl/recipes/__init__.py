@@ -9,16 +9,24 @@ from typing import Any
 from fp8rl_torchrl.recipes.a2c import A2CConfig, build_a2c
 from fp8rl_torchrl.recipes.actor_critic import ActorCriticConfig, build_actor_critic
 from fp8rl_torchrl.recipes.auto_precision import AutoPrecision, choose_precision
+from fp8rl_torchrl.recipes.config import Config, RecipeConfig
+from fp8rl_torchrl.recipes.dqn import DQNConfig, build_dqn
 from fp8rl_torchrl.recipes.ppo import PPOConfig, build_ppo
-from fp8rl_torchrl.recipes.wiring import Config, RecipeConfig
+from fp8rl_torchrl.recipes.reinforce import ReinforceConfig, build_reinforce
+from fp8rl_torchrl.recipes.sac import SACConfig, build_sac
+from fp8rl_torchrl.recipes.td3 import TD3Config, build_td3
 from fp8rl_torchrl.training.loop import Pipeline
 
 __all__ = [
     "RECIPES",
     "A2CConfig",
     "ActorCriticConfig",
+    "DQNConfig",
     "PPOConfig",
     "RecipeConfig",
+    "ReinforceConfig",
+    "SACConfig",
+    "TD3Config",
     "build",
     "config_class",
     "resolve_precision",
@@ -26,8 +34,12 @@ __all__ = [
 
 RECIPES: dict[str, tuple[type[RecipeConfig], Callable[[Any], Pipeline]]] = {
     "actor-critic": (ActorCriticConfig, build_actor_critic),
+    "reinforce": (ReinforceConfig, build_reinforce),
     "a2c": (A2CConfig, build_a2c),
     "ppo": (PPOConfig, build_ppo),
+    "dqn": (DQNConfig, build_dqn),
+    "sac": (SACConfig, build_sac),
+    "td3": (TD3Config, build_td3),
 }
 """Each recipe's configuration and builder, by the name that command lines use."""
 
@@ -46,6 +58,8 @@ _WITHOUT_EFFECT_ON_SPEED = {
     "report_every",
     "lr",
     "lr_decay_updates",
+    "lr_final",
+    "target_return",
 }
 
 
@@ -92,7 +106,7 @@ def resolve_precision(config: Config) -> tuple[Config, AutoPrecision | None]:
         rollout = next(iter(pipeline.collector))
         if pipeline.prepare is not None:
             rollout = pipeline.prepare(rollout)
-        batch = rollout.select(*pipeline.loss.in_keys)
+        batch = rollout.select(*(pipeline.keys or pipeline.loss.in_keys))
         if pipeline.replay is not None:
             pipeline.replay.extend(batch.reshape(-1))
             batch = pipeline.replay.sample()

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from fp8rl_torchrl.objectives.a2c import RolloutA2CLoss
 from fp8rl_torchrl.recipes.on_policy import OnPolicyConfig
-from fp8rl_torchrl.recipes.wiring import linear_decay, seed_everything, truncations_within
+from fp8rl_torchrl.recipes.wiring import make_actor_critic, make_parts, make_pipeline, make_step
 from fp8rl_torchrl.training.loop import Pipeline
 
 
@@ -48,20 +48,14 @@ def build_a2c(config: A2CConfig) -> Pipeline:
         The pipeline, not yet started.
     """
     config = config.resolved()
-    decay: Any = config.lr_decay_updates
-    seed_everything(config.seed)
-    env = config.make_env()
-    agent = config.make_agent(env)
-    conversion = config.convert_agent(agent)
-    collector = config.make_collector(env, agent.policy)
+    parts = make_parts(config, lambda env: make_actor_critic(config, env, config.shared))
     loss = RolloutA2CLoss(
-        agent,
+        parts.agent,
         gamma=config.gamma,
         lmbda=config.lmbda,
         critic_coeff=config.critic_coeff,
         entropy_coeff=config.entropy_coeff,
         normalize_advantage=config.normalize_advantage,
-        episode_ends=truncations_within(env, config.frames_per_collection // config.num_envs),
+        episode_ends=config.episode_ends(parts.env),
     )
-    step = config.make_step(loss, linear_decay(decay, config.lr_final))
-    return Pipeline(env, agent, collector, None, loss, step, config, conversion)
+    return make_pipeline(config, parts, loss, make_step(config, loss), None)

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from fp8rl_torchrl.data.replay import replay_buffer
 from fp8rl_torchrl.objectives.replayed_actor_critic import ReplayedActorCriticLoss
-from fp8rl_torchrl.recipes.wiring import RecipeConfig, linear_decay, seed_everything
+from fp8rl_torchrl.recipes.off_policy import ReplayConfig
+from fp8rl_torchrl.recipes.wiring import make_actor_critic, make_optimizer, make_parts, make_pipeline, make_step
 from fp8rl_torchrl.training.loop import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActorCriticConfig(RecipeConfig):
+class ActorCriticConfig(ReplayConfig):
     """Options of the replayed actor-critic.
 
     Raises:
         ValueError: If an option is out of range.
     """
 
+    VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
+        "online": {
+            "shared": False,
+            "hidden": (128,),
+            "two_optimizers": True,
+            "lr": 1e-3,
+            "lr_schedule": "constant",
+            "num_envs": 1,
+            "frames_per_collection": 1,
+            "replay_size": 0,
+            "entropy_coeff": 0.0,
+            "max_grad_norm": None,
+        },
+    }
+    """Named sets of options for any task: ``online`` learns from every step once, as it is taken."""
+
     algo: Literal["actor-critic"] = "actor-critic"
     """The recipe."""
-    replay_size: int = 10_000
-    """Transitions kept for replay."""
-    batch_size: int = 64
-    """Transitions in the batch of one update."""
     shared: bool = True
     """Whether actor and critic share the encoder."""
     max_weight: float = 1.0
@@ -33,29 +45,21 @@ class ActorCriticConfig(RecipeConfig):
     """Weight of the critic's loss."""
     entropy_coeff: float = 0.05
     """Weight of the entropy bonus."""
-    lr_decay_updates: int = 8500
-    """The learning rate falls linearly over this many updates ..."""
-    lr_final: float = 0.05
-    """... to this fraction of lr, and stays there."""
+    two_optimizers: bool = False
+    """Whether actor and critic each have an optimizer, gradient norm and loss scale of their own; for separate
+    encoders, and without an entropy bonus."""
+    lr_decay_updates: int | None = 7000
+    """The updates over which the learning rate falls."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
         super().__post_init__()
-        for name in ("replay_size", "batch_size", "lr_decay_updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
-        if not self.min_replay <= self.replay_size:
-            raise ValueError(f"min_replay {self.min_replay} would never be stored in replay_size {self.replay_size}")
-        if self.batch_size > self.replay_size:
-            raise ValueError(f"batch_size {self.batch_size} is more than replay_size {self.replay_size} holds")
-        if self.replay_size < self.frames_per_collection:
-            raise ValueError(f"replay_size must hold a collection, {self.frames_per_collection} transitions")
-        if not 0 <= self.lr_final <= 1:
-            raise ValueError(f"lr_final must lie in [0, 1]; got {self.lr_final}")
         if not self.max_weight > 0:
             raise ValueError(f"max_weight must be > 0; got {self.max_weight}")
         if min(self.critic_coeff, self.entropy_coeff) < 0:
             raise ValueError("critic_coeff and entropy_coeff must be >= 0")
+        if self.two_optimizers and (self.shared or self.entropy_coeff):
+            raise ValueError("two_optimizers needs shared=False and entropy_coeff=0")
 
 
 def build_actor_critic(config: ActorCriticConfig) -> Pipeline:
@@ -68,18 +72,18 @@ def build_actor_critic(config: ActorCriticConfig) -> Pipeline:
         The pipeline, not yet started.
     """
     config = config.resolved()
-    seed_everything(config.seed)
-    env = config.make_env()
-    agent = config.make_agent(env, config.shared)
-    conversion = config.convert_agent(agent)
-    collector = config.make_collector(env, agent.policy)
-    replay = replay_buffer(config.replay_size, config.batch_size, config.device)
+    parts = make_parts(config, lambda env: make_actor_critic(config, env, config.shared))
     loss = ReplayedActorCriticLoss(
-        agent,
+        parts.agent,
         gamma=config.gamma,
         max_weight=config.max_weight,
         critic_coeff=config.critic_coeff,
         entropy_coeff=config.entropy_coeff,
     )
-    step = config.make_step(loss, linear_decay(config.lr_decay_updates, config.lr_final))
-    return Pipeline(env, agent, collector, replay, loss, step, config, conversion)
+    optimizer = None
+    if config.two_optimizers:
+        optimizer = {
+            "loss_actor": make_optimizer(config, parts.agent.policy.parameters()),
+            "loss_critic": make_optimizer(config, parts.agent.value.parameters()),
+        }
+    return make_pipeline(config, parts, loss, make_step(config, loss, optimizer=optimizer), config.make_replay())

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from tensordict import TensorDictBase
+
 from fp8rl_torchrl.data.replay import rollout_buffer
 from fp8rl_torchrl.objectives.advantages import RolloutAdvantage
 from fp8rl_torchrl.objectives.ppo import JointClipPPOLoss
 from fp8rl_torchrl.recipes.on_policy import OnPolicyConfig
-from fp8rl_torchrl.recipes.wiring import linear_decay, seed_everything, truncations_within
-from fp8rl_torchrl.training.loop import Pipeline
+from fp8rl_torchrl.recipes.wiring import make_actor_critic, make_parts, make_pipeline, make_step
+from fp8rl_torchrl.training.loop import Pipeline, Report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,11 @@ class PPOConfig(OnPolicyConfig):
     """Transitions in a minibatch; divides frames_per_collection."""
     clip_epsilon: float = 0.2
     """The ratio of new to old policy gains nothing beyond 1 plus or minus this."""
+    clip_final: float | None = None
+    """clip_epsilon falls linearly to this, over as many updates as the learning rate; None keeps it."""
+    max_kl: float | None = None
+    """A collection's updates end early once the new policy is farther than this from the old one, in nats; looking
+    waits for the device after every update. None does not look."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
@@ -63,8 +70,10 @@ class PPOConfig(OnPolicyConfig):
             raise ValueError(
                 f"batch_size must divide frames_per_collection; got {self.batch_size} and {self.frames_per_collection}"
             )
-        if not self.clip_epsilon > 0:
-            raise ValueError(f"clip_epsilon must be > 0; got {self.clip_epsilon}")
+        for name in ("clip_epsilon", "clip_final", "max_kl"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be > 0; got {value}")
         super().__post_init__()
 
     def _updates(self) -> int:
@@ -84,25 +93,34 @@ def build_ppo(config: PPOConfig) -> Pipeline:
         The pipeline, not yet started.
     """
     config = config.resolved()
-    decay: Any = config.lr_decay_updates
-    seed_everything(config.seed)
-    env = config.make_env()
-    agent = config.make_agent(env)
-    conversion = config.convert_agent(agent)
-    collector = config.make_collector(env, agent.policy)
+    parts = make_parts(config, lambda env: make_actor_critic(config, env, config.shared))
     advantage = RolloutAdvantage(
-        agent,
-        gamma=config.gamma,
-        lmbda=config.lmbda,
-        episode_ends=truncations_within(env, config.frames_per_collection // config.num_envs),
+        parts.agent, gamma=config.gamma, lmbda=config.lmbda, episode_ends=config.episode_ends(parts.env)
     )
     buffer = rollout_buffer(config.frames_per_collection, config.batch_size, config.device)
     loss = JointClipPPOLoss(
-        agent,
+        parts.agent,
         clip_epsilon=config.clip_epsilon,
         critic_coeff=config.critic_coeff,
         entropy_coeff=config.entropy_coeff,
         normalize_advantage=config.normalize_advantage,
     )
-    step = config.make_step(loss, linear_decay(decay, config.lr_final))
-    return Pipeline(env, agent, collector, buffer, loss, step, config, conversion, prepare=advantage)
+
+    def anneal(rollout: TensorDictBase, report: Report) -> None:
+        if config.clip_final is not None:
+            done = min(1.0, report.updates / (config.lr_decay_updates or 1))
+            loss.clip_epsilon.fill_(config.clip_epsilon + (config.clip_final - config.clip_epsilon) * done)
+
+    def far_enough(losses: TensorDictBase) -> bool:
+        return config.max_kl is not None and losses["kl"].item() > config.max_kl
+
+    return make_pipeline(
+        config,
+        parts,
+        loss,
+        make_step(config, loss),
+        buffer,
+        prepare=advantage,
+        after_collection=anneal,
+        enough=far_enough,
+    )

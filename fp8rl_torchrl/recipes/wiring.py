@@ -1,302 +1,176 @@
-"""What every recipe's configuration shares: the task, the precision, the device, and how it is named and saved."""
+"""The lines that every recipe begins and ends with."""
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import random
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from tensordict import TensorDictBase
 from torch import nn
 from torchrl.collectors import BaseCollector
+from torchrl.data import TensorDictReplayBuffer
 from torchrl.envs import EnvBase
 
 from fp8rl_torchrl.data.collect import make_collector
 from fp8rl_torchrl.data.fused import FusedCollector
-from fp8rl_torchrl.envs.gym import is_native, make
 from fp8rl_torchrl.models.actor_critic import ActorCritic
 from fp8rl_torchrl.precision.convert import ConversionReport, convert
-from fp8rl_torchrl.precision.mode import Precision
 from fp8rl_torchrl.precision.twin import twin
-from fp8rl_torchrl.recipes.choices import choose
+from fp8rl_torchrl.recipes.config import RecipeConfig
+from fp8rl_torchrl.recipes.schedules import lr_factor
+from fp8rl_torchrl.recipes.seeding import seed_everything
 from fp8rl_torchrl.training.flat import FlatParameter
-from fp8rl_torchrl.training.loop import LoopConfig
-from fp8rl_torchrl.training.run import RunSchedule
+from fp8rl_torchrl.training.loop import Pipeline, Report
 from fp8rl_torchrl.training.step import OptimStep
-
-Config = TypeVar("Config", bound="RecipeConfig")
-
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
-def linear_decay(updates: int, final: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A learning-rate factor that falls from 1 to ``final`` over ``updates`` updates, computed on the device."""
-    return lambda done: (1 - (1 - final) * done / updates).clamp(min=final)
+class Parts(NamedTuple):
+    """What a recipe begins with: environment, networks, collector, and what was converted to FP8."""
+
+    env: EnvBase
+    agent: Any
+    collector: BaseCollector
+    conversion: ConversionReport | None
 
 
-def truncations_within(env: EnvBase, steps: int) -> int | None:
-    """How often one environment can be truncated within some steps; None if that is not known."""
-    dynamics: Any = getattr(env, "dynamics", None)
-    return None if dynamics is None else 1 + (steps - 1) // dynamics.limits.max_steps
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global random streams of torch, numpy and Python."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 (libraries that draw from the global stream are the reason)
-    random.seed(seed)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RecipeConfig(LoopConfig, RunSchedule):
-    """The options that all recipes have in common.
+def convert_agent(config: RecipeConfig, agent: nn.Module) -> ConversionReport | None:
+    """Replace the linear layers of the networks, in place, where the precision is an fp8 one.
 
     Raises:
-        ValueError: If an option is out of range or names something that does not exist.
+        ConversionError: If no layer can be replaced.
     """
+    precision = config.make_precision()
+    return convert(agent, precision, config.fp8_skip) if precision.fp8_recipe else None
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
-    """Tuned options by task."""
 
-    env: str = "CustomEnv"
-    """The task: "CustomEnv", or any Gymnasium id."""
-    precision: str = "bf16"
-    """What the loss computes in: fp32, tf32, bf16, fp16, fp8, fp8-tensorwise or fp8-rowwise-gw-hp; auto takes the one
-    in which an update of this configuration is fastest on this machine, measured once."""
-    rollout_precision: str | None = None
-    """What the collecting policy computes in. By default fp32; with an fp8 precision, the same as the loss."""
-    fp8_base: str = "bf16"
-    """What everything but the FP8 products runs in: bf16 or fp32."""
-    fp8_backend: str = "auto"
-    """FP8 products in hardware (native) or emulated; auto is native where the device has them."""
-    fp8_skip: tuple[str, ...] = ()
-    """Layers to leave out of FP8, as glob patterns on their names."""
-    init_scale: float = 2.0**16
-    """First loss scale of fp16."""
-    growth_interval: int = 2000
-    """The loss scale of fp16 doubles after this many updates without an overflow."""
-    seed: int = 0
-    """Seed of everything random."""
-    device: str = "auto"
-    """Where to run: cpu, cuda, cuda:1, ...; auto takes cuda if there is one."""
-    num_threads: int = 1
-    """CPU threads; one is fastest for small networks, more pay off from a width of about 256."""
-    num_envs: int = 128
-    """Environments stepped side by side."""
-    frames_per_collection: int = 1024
-    """Environment steps between two phases of updates, over all environments."""
-    collector: Literal["auto", "torchrl", "fused"] = "auto"
-    """TorchRL's Collector, or many steps as one program, for native environments; auto takes the latter where the run
-    is long enough to repay its compilation."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Whether the update and a fused collector are compiled; auto does where the run is long enough to repay it."""
-    cudagraph: Literal["auto", "on", "off"] = "auto"
-    """Whether both are captured as CUDA graphs; auto does on a GPU where they are compiled."""
-    hidden: tuple[int, ...] = (64, 64)
-    """Widths of the layers of each network."""
-    activation: Literal["tanh", "relu"] = "tanh"
-    """The nonlinearity after each layer; relu is several times cheaper on a CPU."""
-    lr: float | None = None
-    """Learning rate at the start; by default 1e-3, or 1e-4 where a layer is wider than 64."""
-    gamma: float = 0.99
-    """Discount of rewards to come, per step."""
-    max_grad_norm: float = 0.5
-    """Gradients are clipped to this 2-norm."""
-    report_every: int = 100
-    """Print the average return of every so many episodes."""
+def rollout_policy(config: RecipeConfig, policy: Any) -> Any:
+    """The policy that collects: the learner's own where that runs in FP32, else its twin."""
+    precision = config.make_rollout_precision()
+    learner_is_fp8 = config.make_precision().fp8_recipe is not None
+    if precision.name == "fp32" and not learner_is_fp8:
+        return policy
+    converts = precision.fp8_recipe is not None and not learner_is_fp8
+    return twin(policy, precision, config.fp8_skip if converts else ())
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot be run, before anything is built."""
-        LoopConfig.__post_init__(self)
-        RunSchedule.__post_init__(self)
-        if self.collector == "fused" and not is_native(self.env):
-            raise ValueError(
-                f"collector='fused' needs an environment of pure functions, and {self.env} has none: use torchrl"
-            )
-        if self.rollout_precision == "auto":
-            raise ValueError("rollout_precision takes the name of a precision, or nothing: only precision may be auto")
-        precisions = self.make_precision(), self.make_rollout_precision()
-        fp8_options = self.fp8_base, self.fp8_backend, self.fp8_skip
-        if fp8_options != ("bf16", "auto", ()) and not any(precision.fp8_recipe for precision in precisions):
-            raise ValueError(
-                f"fp8_base, fp8_backend and fp8_skip are options of the fp8 precisions; the precision is "
-                f"{self.precision!r}"
-            )
-        for name in ("num_threads", "num_envs", "frames_per_collection", "report_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
-        if self.frames_per_collection % self.num_envs:
-            raise ValueError(
-                f"frames_per_collection must be a multiple of num_envs; got {self.frames_per_collection} and "
-                f"{self.num_envs}: try {self.num_envs * max(1, round(self.frames_per_collection / self.num_envs))}"
-            )
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden must name at least one layer, each at least 1 wide; got {self.hidden}")
-        for name in ("lr", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be > 0; got {value}")
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma must lie in [0, 1]; got {self.gamma}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2^32); got {self.seed}")
 
-    @classmethod
-    def for_task(cls: type[Config], env: str, **options: Any) -> Config:
-        """The tuned preset of a task, with some options set otherwise; the defaults where there is none.
+def make_parts(config: RecipeConfig, make_agent: Callable[[EnvBase], Any], **options: Any) -> Parts:
+    """What every (resolved) recipe begins with, in this order, which decides about the random numbers.
 
-        Args:
-            env: The task.
-            **options: Fields of this class.
-        """
-        return cls(**{"env": env, **cls.PRESETS.get(env, {}), **options})
+    Args:
+        config: The options.
+        make_agent: Makes the networks for an environment.
+        **options: Those of the collector.
+    """
+    seed_everything(config.seed, config.deterministic)
+    env = config.make_env()
+    agent = make_agent(env)
+    conversion = convert_agent(config, agent)
+    return Parts(env, agent, collector_for(config, env, agent.policy, **options), conversion)
 
-    def resolved(self: Config) -> Config:
-        """The same configuration with every default that depends on others, or on this machine, put in its place.
 
-        Raises:
-            ValueError: If the device does not exist.
-        """
-        if self.precision == "auto":
-            raise ValueError(
-                "precision 'auto' is measured: use fp8rl_torchrl.recipes.build, or resolve_precision first"
-            )
-        name = self.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device {self.device!r} cannot be used here: {reason}") from None
-        if torch.device(name).type == "cpu" and self.fp8_backend == "native":
-            raise ValueError("fp8_backend='native' needs FP8 hardware, and a CPU has none: use auto or emulated")
-        if torch.device(name).type == "cpu" and self.cudagraph == "on":
-            raise ValueError("cudagraph='on' needs a GPU; use auto or off")
-        resolved = dataclasses.replace(self, device=name, lr=self.initial_lr(), **self.chosen(name)[0])
-        return dataclasses.replace(resolved, rollout_precision=resolved.make_rollout_precision().name)
+def make_actor_critic(config: RecipeConfig, env: EnvBase, shared: bool = True) -> ActorCritic:
+    """An actor-critic, not yet converted."""
+    normalize = config.normalize_observation
+    return ActorCritic.for_env(
+        env, config.hidden, shared, activation=ACTIVATIONS[config.activation], normalize=normalize
+    )
 
-    def chosen(self, device: str) -> tuple[dict[str, str], list[str]]:
-        """What ``auto`` stands for in ``collector``, ``compile`` and ``cudagraph``, and why, in a sentence each."""
-        return choose(
-            {name: getattr(self, name) for name in ("collector", "compile", "cudagraph")},
-            native=is_native(self.env),
-            device=device,
-            collections=self._collections(),
-            steps=self.frames_per_collection // self.num_envs,
-            updates=self._updates(),
-        )
 
-    def _updates(self) -> int:
-        """Updates after each collection."""
-        return self.updates_per_collection
+def collector_for(config: RecipeConfig, env: EnvBase, policy: Any, **options: Any) -> BaseCollector:
+    """The collector that the (resolved) configuration names, on a policy in the rollout's precision."""
+    policy = rollout_policy(config, policy)
+    if config.collector == "torchrl":
+        return make_collector(env, policy, config.frames_per_collection, **options)
+    return FusedCollector(
+        env,
+        policy,
+        frames_per_batch=config.frames_per_collection,
+        compile=config.compile == "on",
+        cudagraph=config.cudagraph == "on",
+        **options,
+    )
 
-    def _collections(self) -> int:
-        """About how many collections the run has; an episode is taken to last 100 steps."""
-        frames = self.total_frames or self.episodes * 100
-        return -(-frames // self.frames_per_collection)
 
-    def initial_lr(self) -> float:
-        """The learning rate at the start."""
-        if self.lr is not None:
-            return self.lr
-        return 1e-3 if max(self.hidden) <= 64 else 1e-4
+def make_step(config: RecipeConfig, loss: nn.Module, **options: Any) -> OptimStep:
+    """The update: Adam on all parameters of a loss as one, in the learner's precision.
 
-    def make_precision(self) -> Precision:
-        """The loss's precision, with this configuration's loss scaling and FP8 options."""
-        return self._precision(self.precision)
+    Args:
+        config: The options.
+        loss: The loss.
+        **options: Those of `OptimStep`; ``optimizer`` may be given here instead.
+    """
+    optimizer = options.pop("optimizer", None) or make_optimizer(config, loss.parameters())
+    return OptimStep(
+        loss,
+        optimizer,
+        config.make_precision(),
+        max_grad_norm=config.max_grad_norm,
+        lr_schedule=lr_factor(config.lr_schedule, config.lr_decay_updates or 1, config.lr_final),
+        compile=config.compile == "on",
+        cudagraph=config.cudagraph == "on",
+        **options,
+    )
 
-    def make_rollout_precision(self) -> Precision:
-        """The collecting policy's precision, which by default goes with the loss's."""
-        return self._precision(
-            self.rollout_precision or (self.precision if self.make_precision().fp8_recipe else "fp32")
-        )
 
-    def _precision(self, name: str) -> Precision:
-        if name == "auto":  # what it stands for is known once it is resolved
-            name = "fp32"
-        precision = Precision(name, init_scale=self.init_scale, growth_interval=self.growth_interval)
-        if precision.fp8_recipe is None:
-            return precision
-        return dataclasses.replace(precision, base=self.fp8_base, backend=self.fp8_backend)
+def make_optimizer(config: RecipeConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam on parameters as one."""
+    return torch.optim.Adam([FlatParameter(parameters)], lr=config.initial_lr(), fused=True)
 
-    def convert_agent(self, agent: nn.Module) -> ConversionReport | None:
-        """Replace the linear layers of the networks, in place, where the precision is an fp8 one.
 
-        Raises:
-            ConversionError: If no layer can be replaced.
-        """
-        precision = self.make_precision()
-        return convert(agent, precision, self.fp8_skip) if precision.fp8_recipe else None
+def make_pipeline(
+    config: RecipeConfig,
+    parts: Parts,
+    loss: Any,
+    step: OptimStep,
+    replay: TensorDictReplayBuffer | None,
+    **options: Any,
+) -> Pipeline:
+    """Put the parts together; what the configuration says of rewards and observations comes with it.
 
-    def rollout_policy(self, policy: Any) -> Any:
-        """The policy that collects: the learner's own where that runs in FP32, else its twin."""
-        precision = self.make_rollout_precision()
-        learner_is_fp8 = self.make_precision().fp8_recipe is not None
-        if precision.name == "fp32" and not learner_is_fp8:
-            return policy
-        converts = precision.fp8_recipe is not None and not learner_is_fp8
-        return twin(policy, precision, self.fp8_skip if converts else ())
+    Args:
+        config: The options.
+        parts: What `make_parts` returned.
+        loss: The loss.
+        step: The update.
+        replay: The buffer, if there is one.
+        **options: Those of `Pipeline`.
+    """
+    prepare: Any = options.pop("prepare", None)
+    after: Any = options.pop("after_collection", None)
+    statistics = getattr(parts.agent, "statistics", None)
 
-    def make_env(self) -> EnvBase:
-        """The training environment."""
-        return make(self.env, num_envs=self.num_envs, device=self.device, seed=self.seed)
+    def complete(rollout: TensorDictBase) -> TensorDictBase:
+        rollout = _rescaled(config, rollout)
+        return rollout if prepare is None else prepare(rollout)
 
-    def make_agent(self, env: EnvBase, shared: bool = True) -> ActorCritic:
-        """The networks, not yet converted."""
-        return ActorCritic.for_env(env, self.hidden, shared, activation=ACTIVATIONS[self.activation])
+    def finish(rollout: TensorDictBase, report: Report) -> None:
+        if statistics is not None:  # only now: the updates saw the observations as the collecting policy did
+            statistics.update(rollout["observation"])
+        if after is not None:
+            after(rollout, report)
 
-    def make_collector(self, env: EnvBase, policy: Any) -> BaseCollector:
-        """The collector that the (resolved) configuration names, on a policy in the rollout's precision."""
-        policy = self.rollout_policy(policy)
-        if self.collector == "torchrl":
-            return make_collector(env, policy, self.frames_per_collection)
-        return FusedCollector(
-            env,
-            policy,
-            frames_per_batch=self.frames_per_collection,
-            compile=self.compile == "on",
-            cudagraph=self.cudagraph == "on",
-        )
+    return Pipeline(
+        parts.env,
+        parts.agent,
+        parts.collector,
+        replay,
+        loss,
+        step,
+        config,
+        parts.conversion,
+        prepare=complete,
+        after_collection=finish,
+        **options,
+    )
 
-    def make_step(self, loss: nn.Module, lr_schedule: Callable[[torch.Tensor], torch.Tensor] | None) -> OptimStep:
-        """The update: Adam on all parameters of a loss as one, in the learner's precision."""
-        return OptimStep(
-            loss,
-            torch.optim.Adam([FlatParameter(loss.parameters())], lr=self.initial_lr(), fused=True),
-            self.make_precision(),
-            max_grad_norm=self.max_grad_norm,
-            lr_schedule=lr_schedule,
-            compile=self.compile == "on",
-            cudagraph=self.cudagraph == "on",
-        )
 
-    def default_run_dir(self) -> str:
-        """``runs/<algo>-<env>-<precision>-s<seed>-<time>``."""
-        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        algo: str = getattr(self, "algo", type(self).__name__)
-        return f"runs/{algo}-{self.env.replace('/', '-')}-{self.precision}-s{self.seed}-{now}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The options as JSON-compatible values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls: type[Config], options: dict[str, Any]) -> Config:
-        """The configuration that `to_dict` described.
-
-        Raises:
-            ValueError: If an option is unknown, or its value is not one that it can have.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(options) - known):
-            raise ValueError(f"unknown options {', '.join(unknown)}; this version knows {', '.join(sorted(known))}")
-        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"an option has a value of the wrong kind: {error}") from error
+def _rescaled(config: RecipeConfig, rollout: TensorDictBase) -> TensorDictBase:
+    if config.reward_scale == 1 and config.reward_clip is None:
+        return rollout
+    reward = rollout["next", "reward"] * config.reward_scale
+    if config.reward_clip is not None:
+        reward = reward.clamp(-config.reward_clip, config.reward_clip)
+    return rollout.copy().set(("next", "reward"), reward)

@@ -55,7 +55,7 @@ class Gradients:
         batch: TensorDictBase,
         scales: Mapping[str, torch.Tensor],
     ) -> Found:
-        """Compute the losses of a batch and the gradients of each loss times its scale.
+        """Compute the losses of a batch and, of each loss that has a scale, its gradients times that.
 
         Raises:
             ValueError: If the losses and the optimizers do not fit together.
@@ -81,10 +81,11 @@ class Gradients:
         if not self.checked:
             self._check(losses)
         gradients: dict[str, tuple[torch.Tensor | None, ...]] = {}
-        for place, (key, loss) in enumerate(losses.items()):
+        due = {key: loss for key, loss in losses.items() if key in scales}
+        for place, (key, loss) in enumerate(due.items()):
             trainable = trainable_of(self.leaves[key])
             scaled = loss / self.accumulate * scales[key]
-            more = place + 1 < len(losses)
+            more = place + 1 < len(due)
             gradients[key] = torch.autograd.grad(scaled, trainable, retain_graph=more, allow_unused=True)
         if seen is not batch:
             for key in seen.keys(True, True):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import BaseCollector
-from torchrl.data import TensorDictReplayBuffer
+from torchrl.data import TensorDictPrioritizedReplayBuffer, TensorDictReplayBuffer
+from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 from torchrl.envs import EnvBase
 from torchrl.objectives import LossModule
 
@@ -103,6 +105,11 @@ class Pipeline:
         config: Budget and pace: a `LoopConfig`, or a recipe's config.
         conversion: What `fp8rl_torchrl.convert` did to the agent, for the record.
         prepare: Completes each collection before it is stored, with advantages for instance.
+        after_collection: Called with each collection and its report, when its updates are done: for what follows the
+            run's progress (exploration, target networks by episodes, running statistics). What it changes must be part
+            of the agent or the loss, which checkpoints hold.
+        enough: Asked after each update, with what the step returned, whether this collection's updates end early.
+        keys: The entries of a collection that are learned from; by default the loss's ``in_keys``.
 
     Attributes:
         frames: Environment steps so far.
@@ -121,10 +128,14 @@ class Pipeline:
         config: LoopConfig,
         conversion: ConversionReport | None = None,
         prepare: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        after_collection: Callable[[TensorDictBase, Report], None] | None = None,
+        enough: Callable[[TensorDict], bool] | None = None,
+        keys: Sequence[Any] | None = None,
     ) -> None:
         self.env, self.agent, self.collector, self.replay = env, agent, collector, replay
         self.loss, self.step, self.config = loss, step, config
-        self.conversion, self.prepare = conversion, prepare
+        self.conversion, self.prepare, self.keys = conversion, prepare, keys
+        self.after_collection, self.enough = after_collection, enough
         self.frames = 0
         self.episodes = 0
         self.seconds = 0.0
@@ -149,12 +160,15 @@ class Pipeline:
             started = time.perf_counter()
             rollout = next(experience)
             gap = self._rollout_gap(rollout)
-            updates = [self.step(batch) for batch in self._batches(rollout)]
+            updates = list(self._update(rollout))
             self.frames += rollout.numel()
             returns = self._note_episodes(rollout)
             metrics = _mean_over_applied(updates) | gap if updates else {}
+            report = self._report(returns, metrics)
+            if self.after_collection is not None:
+                self.after_collection(rollout, report)
             self.seconds += time.perf_counter() - started
-            yield self._report(returns, metrics)
+            yield dataclasses.replace(report, seconds=self.seconds)
 
     def _rollout_gap(self, rollout: TensorDictBase) -> dict[str, float]:
         # A loss that sees whole collections, once, measures it on its way.
@@ -162,11 +176,27 @@ class Pipeline:
             return {}
         return rollout_gap(getattr(self.agent, "policy", None), rollout, self.step.precision)
 
+    def _update(self, rollout: TensorDictBase) -> Iterator[TensorDict]:
+        """Perform the updates after a collection, and yield what each returned."""
+        for batch in self._batches(rollout):
+            losses = self.step(batch)
+            if isinstance(self.replay, TensorDictPrioritizedReplayBuffer) and not self._skipped(losses):
+                self.replay.update_tensordict_priority(batch)  # this buffer waits for the device anyway
+            yield losses
+            if self.enough is not None and self.enough(losses):
+                if isinstance(getattr(self.replay, "sampler", None), SamplerWithoutReplacement):
+                    self.replay.empty()  # what is left of this pass must not be drawn in the next
+                return
+
+    @staticmethod
+    def _skipped(losses: TensorDict) -> bool:
+        return any(losses[key].item() for key in losses.keys() if str(key).startswith("skipped"))
+
     def _batches(self, rollout: TensorDictBase) -> Iterator[TensorDictBase]:
         """What the updates after a collection learn from."""
         if self.prepare is not None:
             rollout = self.prepare(rollout)
-        rollout = rollout.select(*self.loss.in_keys)
+        rollout = rollout.select(*(self.keys or self.loss.in_keys))
         if self.replay is None:
             yield rollout
             return
@@ -222,7 +252,8 @@ class Pipeline:
 def _mean_over_applied(updates: list[TensorDict]) -> dict[str, float]:
     """Average each metric over the updates that were applied, reading the device once."""
     names = sorted(str(key) for key in updates[-1].keys())
-    table = torch.stack([update.get(name).float() for update in updates for name in names])
+    values = [update.get(name).float() for update in updates for name in names]
+    table = torch.stack([value.mean() if value.ndim else value for value in values])
     rows = [dict(zip(names, row, strict=True)) for row in table.reshape(-1, len(names)).tolist()]
     skipped = [name for name in names if name.startswith("skipped")]
     applied = [row for row in rows if not any(row[name] for name in skipped)]

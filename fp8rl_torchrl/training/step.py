@@ -44,6 +44,7 @@ class OptimStep(OptimizationStepper):
         accumulate: The optimizer steps on every ``accumulate``-th call, on the mean of the gradients.
         target_updater: A `torchrl.objectives.SoftUpdate` or ``HardUpdate`` to apply after every update that was not
             skipped; do not call its ``step`` yourself.
+        every: The optimizer of a loss key steps at every so many calls only, as TD3's actor does; the others always.
         lr_schedule: Maps the number of updates so far (int64 tensor ``[]``) to a factor on every learning rate.
         compile: Whether the loss and its gradients are compiled, as one graph. The first call runs, and checks, in
             eager mode; the second one compiles, and so does each new shape of a batch.
@@ -82,6 +83,7 @@ class OptimStep(OptimizationStepper):
         max_grad_norm: float | None = None,
         accumulate: int = 1,
         target_updater: TargetNetUpdater | None = None,
+        every: Mapping[str, int] | None = None,
         lr_schedule: Schedule | None = None,
         compile: bool = False,
         cudagraph: bool = False,
@@ -101,6 +103,7 @@ class OptimStep(OptimizationStepper):
         self.accumulate = accumulate
         self.target_updater = target_updater
         self.lr_schedule = lr_schedule
+        self.every = dict(every or {})
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be > 0, or None for no clipping; got {max_grad_norm}")
         if accumulate < 1:
@@ -109,6 +112,12 @@ class OptimStep(OptimizationStepper):
             raise TypeError(f"target_updater must be a SoftUpdate or a HardUpdate; got {type(target_updater).__name__}")
         if not self.optimizers:
             raise ValueError("give one optimizer, or {loss_key: optimizer} with an entry for each loss; got none")
+        if unknown := sorted(set(self.every) - set(self.optimizers)):
+            raise ValueError(f"every names {', '.join(unknown)}; the optimizers are {', '.join(self.optimizers)}")
+        if any(type(period) is not int or period < 1 for period in self.every.values()):
+            raise ValueError(f"every must hold integers >= 1; got {self.every}")
+        if len(self.every) == len(self.optimizers) or (self.every and (accumulate > 1 or cudagraph)):
+            raise ValueError("every needs another optimizer that steps always, accumulate=1 and no CUDA graph")
         self._parameters = {key: parameters_of(key, each) for key, each in self.optimizers.items()}
         leaves = {key: leaves_of(parameters) for key, parameters in self._parameters.items()}
         refuse_shared(leaves)
@@ -136,7 +145,7 @@ class OptimStep(OptimizationStepper):
         self._gradients = Gradients(self.precision, self.device, leaves, self.single, accumulate, compile)
         update: Any = self._compute_and_apply
         self._captured: Any = CudaGraphModule(update) if cudagraph else None
-        self._one = torch.ones((), device=self.device)
+        self._one, self._zero = torch.ones((), device=self.device), torch.zeros((), device=self.device)
         self._calls = 0
         self._finite = {key: torch.ones((), dtype=torch.bool, device=self.device) for key in self.optimizers}
         self._last_step: dict[str, torch.Tensor] = {}
@@ -181,29 +190,34 @@ class OptimStep(OptimizationStepper):
         if not self._gradients.checked:
             for parameter in self._flat():
                 parameter.refuse_if_torn()
-        scales = {key: scaler.scale(self._one) for key, scaler in self.scalers.items()}
+        due = [key for key in self.optimizers if self._calls % self.every.get(key, 1) == 0]
+        scales = {key: self.scalers[key].scale(self._one) for key in due}
         # Where the loss's networks could not be seen beforehand, FP8 must be seen to run the first time.
         watched = contextlib.nullcontext() if self._float8_seen else float8_must_run(self.precision)
         with watched:
             outputs, finite, gradients = self._gradients(compute_loss or self.loss, batch, scales)
         self._float8_seen = True
-        for key, parameters in self._parameters.items():
+        for key in due:
             self._finite[key] &= finite[key]
-            add_gradients(parameters, gradients[key])
+            add_gradients(self._parameters[key], gradients[key])
         self._calls += 1
         if self._calls % self.accumulate == 0:
-            self._last_step = self._apply()
+            self._last_step = self._apply(due)
         return TensorDict({**outputs, **self._last_step}, batch_size=[])
 
     def _flat(self) -> list[FlatParameter]:
         return [each for parameters in self._parameters.values() for each in parameters if type(each) is FlatParameter]
 
-    def _apply(self) -> dict[str, torch.Tensor]:
+    def _apply(self, due: list[str]) -> dict[str, torch.Tensor]:
         metrics: dict[str, torch.Tensor] = {}
         every_finite: list[torch.Tensor] = []
         self._set_learning_rates()
         for key, optimizer in self.optimizers.items():
             scaler, suffix = self.scalers[key], "" if self.single else f"_{key}"
+            if key not in due:
+                kept = {name: self._last_step[name + suffix] for name in ("grad_norm", "loss_scale")}
+                metrics |= {name + suffix: value for name, value in (kept | {"skipped": self._zero}).items()}
+                continue
             metrics[f"loss_scale{suffix}"] = self._scale_of(scaler)
             scaler.unscale_(optimizer)
             norm = self._clip(key)
@@ -218,7 +232,7 @@ class OptimStep(OptimizationStepper):
             metrics[f"grad_norm{suffix}"] = norm
             metrics[f"skipped{suffix}"] = skipped
             every_finite.append(finite)
-        applied = every_finite[0] if self.single else torch.stack(every_finite).all()
+        applied = every_finite[0] if len(every_finite) == 1 else torch.stack(every_finite).all()
         self.updates += applied
         self.skipped_steps += ~applied
         self._update_targets(applied)
@@ -279,6 +293,7 @@ class OptimStep(OptimizationStepper):
             "scalers": {key: scaler.state_dict() for key, scaler in self.scalers.items()},
             "updates": self.updates,
             "skipped_steps": self.skipped_steps,
+            "calls": self._calls,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -290,7 +305,7 @@ class OptimStep(OptimizationStepper):
         self.skipped_steps.copy_(state_dict["skipped_steps"])
         for optimizer in self._all():
             optimizer.zero_grad(set_to_none=True)
-        self._calls = 0
+        self._calls = state_dict.get("calls", 0)
         for parameter in self._flat():
             parameter.refuse_if_torn()
         for finite in self._finite.values():
