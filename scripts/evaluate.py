@@ -16,7 +16,7 @@ import tyro
 
 from fp8rl_torchrl import EvalResult, evaluate
 from fp8rl_torchrl.recipes import build, config_class
-from fp8rl_torchrl.training.checkpoint import latest_checkpoint, load_agent
+from fp8rl_torchrl.training.checkpoint import best_checkpoint, latest_checkpoint, load_agent
 from fp8rl_torchrl.training.run_folder import RunFolder
 from fp8rl_torchrl.training.video import record_video
 
@@ -33,6 +33,8 @@ class Options:
     """Seed of the evaluation episodes."""
     checkpoint: str | None = None
     """The folder of a checkpoint; by default the newest in RUN/checkpoints."""
+    best: bool = False
+    """Take the policy of the run's best periodic evaluation, in RUN/best, instead of the newest."""
     device: str = "auto"
     """Where to run: cpu, cuda, ...; auto takes cuda if there is one."""
     json: bool = False
@@ -54,7 +56,12 @@ def main(argv: list[str]) -> int:
         saved = folder.read_config()
         config = config_class(saved.get("algo", "actor-critic")).from_dict(saved)
         config = dataclasses.replace(config, device=options.device)
-        checkpoint = options.checkpoint or latest_checkpoint(folder.checkpoints)
+        if options.best and options.checkpoint:
+            raise ValueError("--best and --checkpoint name two policies; leave one out")
+        if options.best:
+            checkpoint = best_checkpoint(folder.best)
+        else:
+            checkpoint = options.checkpoint or latest_checkpoint(folder.checkpoints)
         if options.video and Path(options.video).suffix not in (".gif", ".mp4"):
             raise ValueError(f"--video takes a .gif or .mp4 file; got {options.video}")
         torch.set_num_threads(config.num_threads)

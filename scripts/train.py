@@ -1,15 +1,17 @@
 """Train an agent. Without options: the actor-critic on CustomEnv in BF16, about half a minute on a CPU.
 
---algo takes actor-critic, a2c or ppo; "--algo ppo --help" lists the options of that recipe.
+--algo takes actor-critic, reinforce, a2c, ppo, dqn, sac or td3; "--algo ppo --help" lists the options of that recipe.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
 
 import torch
 import tyro
@@ -26,7 +28,7 @@ from fp8rl_torchrl.training.run_folder import RunFolder, write_json
 
 Config = TypeVar("Config", bound=RecipeConfig)
 
-EXTENDABLE = ("total_frames", "episodes")
+EXTENDABLE = ("total_frames", "episodes", "target_return")
 """Options that a resumed run may change: they say when it ends, not how it learns."""
 
 
@@ -35,6 +37,11 @@ class Options(Generic[Config]):
     """A recipe's options, and where the run goes."""
 
     config: Config
+    config_file: Annotated[str | None, tyro.conf.arg(name="config")] = None
+    """Start from the configuration in this file, a run's config.json or the best.json of tune.py, instead of the
+    preset; other options given are set on top of it."""
+    variant: str | None = None
+    """Start from a named set of options instead of the preset: online (actor-critic), guide (dqn), ddpg (td3)."""
     run_dir: str | None = None
     """The run folder; by default runs/<algo>-<env>-<precision>-s<seed>-<time>."""
     resume: str | None = None
@@ -121,9 +128,13 @@ def main(argv: list[str]) -> int:
         print(f"\n{pipeline.conversion}\n")
     if pipeline.finished:
         print("its budget is spent, so nothing is left to train: extend it with --total-frames or --episodes")
+    elif run.target_reached:
+        print(f"its target return {config.target_return:g} is reached: go on with a higher --target-return, or None")
     progress.start_at(pipeline.frames, pipeline.episodes, pipeline.recent_returns)
     stopped_by = run.train()
     progress.bar.close()
+    if stopped_by == "target_return":
+        print(f"stopped at the target return: an evaluation has reached {config.target_return:g}")
     summary = run.summarize(stopped_by)
     print_summary(summary, folder)
     if not summary["episodes"]:
@@ -137,9 +148,13 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> tuple[RecipeConfig, Options[Any]]:
     """The configuration and the run's options.
 
-    A resumed run starts from its saved configuration, a new one from the recipe's preset for the task.
+    A resumed run starts from its saved configuration, a new one from --config or the recipe's preset for the task.
     """
-    saved = _peek(argv, "--resume")
+    saved, file, variant = (_peek(argv, option) for option in ("--resume", "--config", "--variant"))
+    if saved is not None and file is not None:
+        raise ValueError("--config does not go with --resume: a resumed run keeps its options")
+    if variant is not None and (saved is not None or file is not None):
+        raise ValueError("--variant does not go with --resume or --config, which bring all options themselves")
     if saved is not None:
         options = RunFolder(saved).read_config()
         algo = options.get("algo", "actor-critic")
@@ -147,9 +162,16 @@ def parse(argv: list[str]) -> tuple[RecipeConfig, Options[Any]]:
             raise ValueError(_kept(["algo"], saved))
         recipe = config_class(algo)
         default = recipe.from_dict(options)
+    elif file is not None:
+        default = read_config(file)
+        recipe = type(default)
+        for name, value in (("algo", default.to_dict().get("algo")), ("env", default.env)):
+            if _peek(argv, f"--{name}") not in (None, value):
+                raise ValueError(f"{file} is a configuration for --{name} {value}: leave out --{name}")
     else:
         recipe = config_class(_peek(argv, "--algo") or "actor-critic")
-        default = recipe.for_task(_peek(argv, "--env") or "CustomEnv")
+        env = _peek(argv, "--env") or "CustomEnv"
+        default = recipe.for_task(env) if variant is None else recipe.variant(variant, env)
 
     parsed: Options[Any] = tyro.cli(
         tyro.conf.OmitArgPrefixes[Options[recipe]],
@@ -167,11 +189,30 @@ def parse(argv: list[str]) -> tuple[RecipeConfig, Options[Any]]:
     return parsed.config, parsed
 
 
+def read_config(file: str) -> RecipeConfig:
+    """The configuration in a file such as a run's ``config.json``.
+
+    Raises:
+        ValueError: If there is none that this version knows.
+    """
+    try:
+        options = dict(json.loads(Path(file).read_text())["config"])
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {file} to take the configuration from") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{file} cannot be read as a configuration: {error}") from error
+    return config_class(options.get("algo", "actor-critic")).from_dict(options)
+
+
 def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     """Print how the run ended."""
+    best = "none: no periodic evaluation took place"
+    if summary["best_eval_return"] is not None:
+        best = f"{summary['best_eval_return']:.1f} at {summary['best_frames']:,} frames, kept in {folder.best}"
     rows = {
         "evaluation return": f"{summary['eval_return_mean']:.1f} ± {summary['eval_return_std']:.1f} "
         f"over {summary['eval_episodes']} episodes",
+        "best evaluation": best,
         "trained": f"{summary['frames']:,} frames, {summary['episodes']:,} episodes, {summary['updates']:,} updates",
         "skipped updates": f"{summary['skipped_steps']:,}",
         "training time": f"{summary['train_seconds']:.1f} s, {summary['frames_per_second']:,.0f} frames/s",

@@ -38,6 +38,7 @@ class RunFolder:
         self.curve = self.path / "learning_curve.png"
         self.conversion = self.path / "conversion.json"
         self.checkpoints = self.path / "checkpoints"
+        self.best = self.path / "best"
 
     def refuse_if_occupied(self) -> None:
         """Make sure that a new run would overwrite nothing.

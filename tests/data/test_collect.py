@@ -155,6 +155,41 @@ def test_the_collector_is_torchrls_and_has_no_end():
         assert torch.equal(before["next", "observation"][running, -1], after["observation"][running, 0])
 
 
+def test_other_options_are_the_collectors():
+    env = custom_env()
+    policy, seen = ActorCritic.for_env(env).policy, []
+    collector = make_collector(
+        env, policy, 30, reset_at_each_iter=True, track_traj_ids=False, postproc=lambda td: seen.append(td) or td
+    )
+    experience = iter(collector)
+    batches = [next(experience).clone() for _ in range(2)]
+    assert len(seen) == 2
+    for batch in batches:
+        assert "collector" not in batch.keys()
+        assert not batch["step_count"][:, 0].any()
+    with pytest.raises(TypeError, match="banana"):
+        make_collector(env, policy, 30, banana=True)
+
+
+@pytest.mark.parametrize("make_env", [custom_env, single_env, transformed_env])
+def test_the_environment_of_a_restored_collector_goes_on_with_the_next_episodes(make_env):
+    collector = build(make_env)
+    batch = next(iter(collector))
+    state = CollectorState(collector).state_dict()
+    running = TensorDict(state["live_step"], batch_size=collector.env.batch_size)["state", "episode"]
+    expected = collector.env.reset()  # knows nothing but what the environment remembers
+    assert torch.equal(expected["state", "episode"], running + 1)
+
+    resumed = build(make_env)
+    # Negative twin: one that was not told begins at its own first episodes.
+    assert not torch.equal(resumed.env.reset()["state", "episode"], running + 1)
+    CollectorState(resumed).load_state_dict(state)
+    found = resumed.env.reset()
+    for key in ("observation", ("state", "episode"), ("state", "seed"), ("state", "index")):
+        assert torch.equal(found[key], expected[key]), key
+    assert batch["next", "done"].any() or make_env is single_env
+
+
 def test_the_experience_is_that_of_a_rollout():
     collector = build(custom_env, frames=60)
     torch.manual_seed(1)

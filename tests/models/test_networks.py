@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fp8rl_torchrl.models.networks import Float32Head, mlp_encoder
+from fp8rl_torchrl.models.normalize import Normalize, RunningStatistics
 
 LOW = [torch.bfloat16, torch.float16]
 
@@ -81,6 +82,20 @@ def test_the_encoder_is_layers_each_with_an_activation():
     assert [type(layer) for layer in encoder] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU]
     assert [(layer.in_features, layer.out_features) for layer in list(encoder)[::2]] == [(5, 32), (32, 16)]
     assert encoder(torch.ones(4, 3, 5)).shape == (4, 3, 16)
+
+
+def test_an_encoder_with_statistics_normalises_first():
+    statistics = RunningStatistics(5)
+    statistics.update(torch.randn(100, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1)
+    torch.manual_seed(0)
+    encoder = mlp_encoder(5, (32, 16), nn.ReLU, statistics)
+    torch.manual_seed(0)
+    plain = mlp_encoder(5, (32, 16), nn.ReLU)
+    assert [type(layer) for layer in encoder] == [Normalize, nn.Linear, nn.ReLU, nn.Linear, nn.ReLU]
+    assert encoder[0].statistics is statistics
+    observation = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(encoder(observation), plain(Normalize(statistics)(observation)))
+    assert not torch.equal(encoder(observation), plain(observation))
 
 
 @pytest.mark.parametrize(("activation", "gain"), [(nn.Tanh, 5 / 3), (nn.ReLU, 2**0.5)])

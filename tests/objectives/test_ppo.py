@@ -133,6 +133,40 @@ def test_any_batch_equals_the_formula(steps, epsilon):
     assert losses["kl"] >= -1e-6
 
 
+# --- a bound that is annealed ---
+
+
+def test_the_bound_is_a_tensor_that_is_written():
+    loss, batch = loss_by_hand(), batch_by_hand()
+    for epsilon in (0.05, 0.55, 0.2):
+        loss.clip_epsilon.fill_(epsilon)
+        found, expected = loss(batch), loss_by_hand(clip_epsilon=epsilon)(batch)
+        assert all(torch.equal(found[key], expected[key]) for key in expected.keys()), epsilon
+    assert loss.clip_epsilon.dtype == torch.float32
+    assert "clip_epsilon" not in dict(loss.named_parameters())
+
+
+def test_the_bound_is_saved_with_the_loss():
+    loss, other = loss_by_hand(clip_epsilon=0.05), loss_by_hand()
+    other.load_state_dict(loss.state_dict())
+    assert other.clip_epsilon.item() == pytest.approx(0.05)
+
+
+def test_a_compiled_loss_sees_the_bound_without_compiling_again():
+    torch._dynamo.reset()
+    loss, batch, graphs = loss_by_hand(), batch_by_hand(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(loss, backend=backend, fullgraph=True)
+    for epsilon in (0.2, 0.05, 0.55):
+        loss.clip_epsilon.fill_(epsilon)
+        assert compiled(batch)["clip_fraction"].item() == pytest.approx({0.2: 0.8, 0.05: 1.0, 0.55: 0.0}[epsilon])
+    assert len(graphs) == 1
+
+
 # --- against TorchRL's ---
 
 

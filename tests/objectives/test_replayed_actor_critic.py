@@ -121,6 +121,15 @@ def test_the_entropy_bonus_raises_the_entropy():
     assert loss(batch)["entropy"] > losses["entropy"]
 
 
+@pytest.mark.parametrize("coefficient", [0, 0.0])
+def test_without_a_coefficient_there_is_no_loss_of_the_entropy(coefficient):
+    loss = loss_by_hand(table_by_hand(), entropy_coeff=coefficient)
+    losses, whole = loss(batch_by_hand()), loss_by_hand(table_by_hand())(batch_by_hand())
+    assert set(losses.keys()) == set(loss.out_keys) == set(whole.keys()) - {"loss_entropy"}
+    assert all(torch.equal(losses[key], whole[key]) for key in losses.keys())
+    assert losses["entropy"] > 0  # it is logged all the same
+
+
 # --- what it reads ---
 
 

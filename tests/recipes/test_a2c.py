@@ -42,7 +42,7 @@ EAGER_FUSED = {"collector": "fused", "compile": "off"}
         ({"num_envs": 1, "frames_per_collection": 1}, "a single transition has no advantages to normalize"),
         ({"num_envs": 1000}, "frames_per_collection must be a multiple of num_envs"),
         ({"lr": 0.0}, "lr must be > 0"),
-        ({"env": "Pendulum-v1", "collector": "fused"}, "Pendulum-v1 has none: use torchrl"),
+        ({"env": "gymnasium:Pendulum-v1", "collector": "fused"}, "Pendulum-v1 has none: use torchrl"),
     ],
 )
 def test_what_cannot_be_run_is_refused(options, message):
@@ -146,13 +146,13 @@ def test_truncations_are_bounded_by_the_length_of_an_episode(steps, ends):
 
 
 def test_of_other_environments_the_number_of_truncations_is_not_known():
-    assert build(dataclasses.replace(SMALL, env="Acrobot-v1")).loss.advantage.episode_ends is None
+    assert build(dataclasses.replace(SMALL, env="gymnasium:Acrobot-v1")).loss.advantage.episode_ends is None
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
 
 
-@pytest.mark.parametrize("env", ["CustomEnv", "CartPole-v1", "Acrobot-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("env", ["CustomEnv", "CartPole-v1", "gymnasium:Acrobot-v1", "Pendulum-v1"])
 def test_it_runs(env):
     config = dataclasses.replace(SMALL, env=env, total_frames=64 * 3)
     pipeline = build(config)

@@ -12,7 +12,7 @@ from fp8rl_torchrl import ActorCritic, OptimStep, Pipeline
 from fp8rl_torchrl.envs import CustomEnv
 from fp8rl_torchrl.objectives import ReplayedActorCriticLoss
 from fp8rl_torchrl.recipes import ActorCriticConfig, build
-from fp8rl_torchrl.recipes.actor_critic import linear_decay
+from fp8rl_torchrl.recipes.schedules import lr_factor
 
 SMALL = ActorCriticConfig(
     num_envs=4,
@@ -107,7 +107,7 @@ def test_options_reach_the_part_they_are_for():
 
 
 def test_the_learning_rate_falls_linearly_to_its_end():
-    factor = linear_decay(100, 0.2)
+    factor = lr_factor("linear", 100, 0.2)
     updates = torch.tensor([0, 50, 100, 1000])
     assert torch.allclose(factor(updates), torch.tensor([1.0, 0.6, 0.2, 0.2]))
 

@@ -141,7 +141,7 @@ def test_what_was_chosen_is_what_is_run():
 def test_the_collector_is_fused_only_where_there_are_pure_functions():
     long = {"num_envs": 8, "frames_per_collection": 40, "total_frames": 1_000_000, "device": "cpu"}
     assert A2CConfig(env="CartPole-v1", **long).resolved().collector == "fused"
-    assert A2CConfig(env="Acrobot-v1", **long).resolved().collector == "torchrl"
-    assert A2CConfig(env="Acrobot-v1", **long).resolved().compile == "on"
+    assert A2CConfig(env="gymnasium:Acrobot-v1", **long).resolved().collector == "torchrl"
+    assert A2CConfig(env="gymnasium:Acrobot-v1", **long).resolved().compile == "on"
     with pytest.raises(ValueError, match="Acrobot-v1 has none: use torchrl"):
-        A2CConfig(env="Acrobot-v1", collector="fused")
+        A2CConfig(env="gymnasium:Acrobot-v1", collector="fused")

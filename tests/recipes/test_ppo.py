@@ -52,7 +52,7 @@ SMALL = PPOConfig(
         ({"lr_final": -0.1}, r"lr_final must lie in \[0, 1\]"),
         ({"lr_decay_updates": 0}, "lr_decay_updates must be >= 1"),
         ({"gamma": 2.0}, r"gamma must lie in \[0, 1\]"),
-        ({"env": "Acrobot-v1", "collector": "fused"}, "Acrobot-v1 has none: use torchrl"),
+        ({"env": "gymnasium:Acrobot-v1", "collector": "fused"}, "Acrobot-v1 has none: use torchrl"),
     ],
 )
 def test_what_cannot_be_run_is_refused(options, message):
@@ -170,7 +170,7 @@ def test_every_epoch_sees_every_transition_once():
 # ------------------------------------------------------------------------------------------------------------ runs
 
 
-@pytest.mark.parametrize("env", ["CustomEnv", "CartPole-v1", "Acrobot-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("env", ["CustomEnv", "CartPole-v1", "gymnasium:Acrobot-v1", "Pendulum-v1"])
 def test_it_runs(env):
     pipeline = build(dataclasses.replace(SMALL, env=env, total_frames=64 * 3))
     native = {"CustomEnv": CustomEnv, "CartPole-v1": CartPoleEnv}

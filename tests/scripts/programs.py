@@ -22,7 +22,7 @@ def load(name):
     return module
 
 
-train, evaluate = load("train"), load("evaluate")
+train, evaluate, tune = load("train"), load("evaluate"), load("tune")
 
 
 def call(script, *argv):

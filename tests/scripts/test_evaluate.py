@@ -60,6 +60,27 @@ def test_evaluate_takes_an_older_checkpoint(run, capsys):
     assert results[0] != results[1]
 
 
+def test_evaluate_takes_the_best_policy(run, capsys):
+    """Of a run that became worse after it."""
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert call(evaluate, "run", "--episodes=2", "--json", "--best") == 0
+    best = json.loads(capsys.readouterr().out)
+    assert best["eval_return_mean"] == summary["best_eval_return"], "the same two episodes as in the run"
+    assert call(evaluate, "run", "--episodes=2", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["returns"] != best["returns"]
+    assert call(evaluate, "run", "--episodes=2", "--best") == 0
+    name = f"checkpoint-{summary['best_frames']:012d}"
+    assert capsys.readouterr().out.splitlines()[0] == f"CustomEnv, {Path('run/best', name).absolute()}"
+
+
+def test_evaluate_says_where_there_is_no_best_policy(run, capsys):
+    Path("run/best").rename("elsewhere")
+    message = refused(capsys, evaluate, "run", "--best")
+    expected = "there is no best policy in run/best: one is kept at the first periodic evaluation (eval_every)"
+    assert message == f"error: {expected}"
+    assert call(evaluate, "run", "--episodes=1") == 0, "the newest is there"
+
+
 def test_evaluate_leaves_the_run_as_it_is(run):
     before = tree()
     assert call(evaluate, "run", "--episodes=2") == 0
@@ -83,6 +104,7 @@ def test_evaluate_records_a_video(run, capsys):
         (["run", "--episodes=many"], "--episodes: invalid literal for int()"),
         (["run", "--seed=-1"], "seed must lie in [0, 2^32); got -1"),
         (["run", "--checkpoint=banana"], "banana is not a checkpoint"),
+        (["run", "--checkpoint=banana", "--best"], "--best and --checkpoint name two policies; leave one out"),
         (["run", "--device=banana"], "device 'banana' cannot be used here"),
         (["run", "--video=out.avi"], "--video takes a .gif or .mp4 file; got out.avi"),
         (["run", "--video=nowhere/out.gif", "--episodes=1"], "does not exist"),

@@ -19,6 +19,7 @@ def test_train_writes_the_run_folder(capsys):
     assert call(train, *SMALL, "--episodes=4", "--report-every=2", "--run-dir=run", "--precision=fp16") == 0
     run = Path("run")
     assert sorted(path.name for path in run.iterdir()) == [
+        "best",
         "checkpoints",
         "config.json",
         "learning_curve.png",
@@ -130,6 +131,23 @@ def test_the_seed_repeats_a_run_from_the_command_line():
     assert a == b != c
 
 
+def test_a_run_stops_at_its_target_and_goes_on_with_a_higher_one(capsys):
+    assert call(train, *SMALL, "--total-frames=1024", "--target-return=0", "--run-dir=run") == 0
+    output = capsys.readouterr().out
+    assert "stopped at the target return: an evaluation has reached 0" in output
+    summary = json.loads(Path("run/summary.json").read_text())
+    # An evaluation every 200 frames: the first report at or after 200 is at 256.
+    assert (summary["stopped_by"], summary["frames"], summary["best_frames"]) == ("target_return", 256, 256)
+    assert f"{summary['best_eval_return']:.1f} at 256 frames, kept in run/best" in output
+
+    assert call(train, "--resume=run") == 0
+    assert "its target return 0 is reached: go on with a higher --target-return, or None" in capsys.readouterr().out
+    assert len(read_metrics("run/metrics.csv")) == 4
+    assert call(train, "--resume=run", "--target-return=None", "--total-frames=320") == 0
+    assert len(read_metrics("run/metrics.csv")) == 5
+    assert "target" not in capsys.readouterr().out
+
+
 def test_a_gymnasium_environment_trains_and_resumes_at_fresh_episodes_and_says_so(capsys):
     assert call(train, *SMALL, "--env=gymnasium:CartPole-v1", "--total-frames=128", "--run-dir=run") == 0
     assert "fresh episodes" not in capsys.readouterr().out
@@ -144,6 +162,7 @@ def test_checkpoints_are_torchrls():
     assert call(train, *SMALL, "--total-frames=64", "--run-dir=run") == 0
     assert set(Checkpoint.manifest(newest("run"))["components"]) == {
         "agent",
+        "loss",
         "step",
         "replay",
         "collector",

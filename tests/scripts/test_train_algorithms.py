@@ -26,7 +26,7 @@ def config_of(folder):
     return RunFolder(folder).read_config()
 
 
-@pytest.mark.parametrize("env", ["CustomEnv", "CartPole-v1", "Acrobot-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("env", ["CustomEnv", "CartPole-v1", "gymnasium:Acrobot-v1", "Pendulum-v1"])
 @pytest.mark.parametrize("algo", ["a2c", "ppo"])
 def test_a_run_leaves_what_a_run_leaves(algo, env, capsys):
     options = () if env in ("CustomEnv", "CartPole-v1") else ("--collector=torchrl",)
@@ -111,7 +111,7 @@ def test_where_there_is_no_preset_the_defaults_hold():
     [
         (["--algo=a2c", "--updates-per-collection=2"], "are not options of this recipe"),
         (["--algo=ppo", "--batch-size=500"], "batch_size must divide frames_per_collection"),
-        (["--algo=ppo", "--env=Acrobot-v1", "--collector=fused"], "Acrobot-v1 has none: use torchrl"),
+        (["--algo=ppo", "--env=gymnasium:Acrobot-v1", "--collector=fused"], "Acrobot-v1 has none: use torchrl"),
         (["--algo=a2c", "--device=cpu", "--cudagraph=on"], "cudagraph='on' needs a GPU"),
         (["--algo=a3c"], "unknown algo 'a3c'; use one of actor-critic, a2c, ppo"),
         (["--algo=a2c", "--collector=banana"], "auto"),

@@ -1,9 +1,9 @@
-"""The options of `train.py` and of `evaluate.py`: every one of them has help."""
+"""The options of `train.py`, `evaluate.py` and `tune.py`: every one of them has help."""
 
 import re
 
 import pytest
-from programs import call, evaluate, train
+from programs import call, evaluate, train, tune
 
 
 def documented_options(text):
@@ -13,7 +13,7 @@ def documented_options(text):
         line = line.strip("│╭╮╰╯─- \t") if not re.match(r"[│ ]*--?[a-z]", line) else line.strip("│ ")
         if match := re.match(r"(?:-h, )?--([a-z0-9-]+)(.*)", line):
             current = match[1]
-            placeholder = r"^(, --no-[a-z-]+)?( (\{[^}]*\}(\|[A-Z]+)?|[A-Z]+|\[INT \[INT \.\.\.\]\]))?"
+            placeholder = r"^(, --no-[a-z-]+)?( (\{[^}]*\}(\|[A-Z]+)?|[A-Z]+|\[(INT|STR) \[(INT|STR) \.\.\.\]\]))?"
             options[current] = re.sub(placeholder, "", match[2])
         elif not line or line.endswith(("options", "arguments")):
             current = None  # the end of a group
@@ -22,16 +22,19 @@ def documented_options(text):
     return {name: re.sub(r"\((default|required).*", "", words).strip() for name, words in options.items()}
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "tune"])
 def test_every_option_has_help(name, capsys):
-    script = {"train": train, "evaluate": evaluate}[name]
+    script = {"train": train, "evaluate": evaluate, "tune": tune}[name]
     assert call(script, "--help") == 0
     options = documented_options(capsys.readouterr().out)
     if name == "train":
         config, parsed = train.parse([])
-        expected = {*config.to_dict(), *vars(parsed)} - {"config"}
+        expected = {*config.to_dict(), *vars(parsed)} - {"config_file"}  # its option is --config
+    elif name == "tune":
+        parsed = tune.parse([])
+        expected = {*parsed.config.to_dict(), *vars(parsed)} - {"config"}
     else:
-        expected = {"episodes", "seed", "checkpoint", "device", "json", "video"}
+        expected = {"episodes", "seed", "checkpoint", "best", "device", "json", "video"}
     assert set(options) == {each.replace("_", "-") for each in expected} | {"help"}
     for option, description in options.items():
         assert len(description.split()) >= 2, f"--{option} has no help"

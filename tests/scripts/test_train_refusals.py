@@ -57,7 +57,7 @@ def test_train_refuses_wandb_that_is_not_installed_before_it_makes_a_folder(caps
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--seed=5"], "as run/config.json has them: leave out --seed. Only --total-frames, --episodes may change"),
+        (["--seed=5"], "as run/config.json has them: leave out --seed. Only --total-frames, --episodes, --target"),
         (["--hidden=16", "--lr=0.5"], "leave out --hidden, --lr."),
         (["--precision=fp32"], "leave out --precision."),
         (["--env=CartPole-v1"], "leave out --env."),

@@ -119,7 +119,7 @@ class NothingSaved:
         pass
 
 
-@pytest.mark.parametrize("missing", ["live step", "agent", "step", "replay", "progress", "random_streams"])
+@pytest.mark.parametrize("missing", ["live step", "agent and loss", "step", "replay", "progress", "random_streams"])
 def test_nothing_that_is_saved_could_be_left_out(missing, tmp_path):
     """Negative twins: a checkpoint that lacks any one thing resumes to another end."""
     config = dataclasses.replace(CONFIG, precision="fp16")
@@ -131,6 +131,8 @@ def test_nothing_that_is_saved_could_be_left_out(missing, tmp_path):
         components = dict(checkpoints.checkpoint.components)
         if missing == "live step":
             components["collector"] = WithoutLiveStep(pipeline.collector)
+        elif missing == "agent and loss":  # the networks that act are part of both
+            components |= {"agent": NothingSaved(), "loss": NothingSaved()}
         else:
             components[missing] = NothingSaved()
         checkpoints.checkpoint = Checkpoint(**components)

@@ -1,6 +1,5 @@
 """`Run`: what a run leaves in its folder, how it stops, and that a resumed one ends as if it had never stopped."""
 
-import csv
 import dataclasses
 import functools
 import json
@@ -11,40 +10,12 @@ import threading
 
 import pytest
 import torch
+from small_runs import CONFIG, Killed, killed, rows_of, run_in, saved_frames, state_of, stop_at
 
-from fp8rl_torchrl.data import CollectorState
-from fp8rl_torchrl.recipes import ActorCriticConfig, build
 from fp8rl_torchrl.training import run as run_module
-from fp8rl_torchrl.training.checkpoint import CheckpointError, PipelineCheckpoints
+from fp8rl_torchrl.training.checkpoint import CheckpointError
 from fp8rl_torchrl.training.metrics import Loggers, read_metrics
-from fp8rl_torchrl.training.run import Run, RunSchedule
-from fp8rl_torchrl.training.run_folder import RunFolder
-
-CONFIG = ActorCriticConfig(
-    num_envs=4,
-    frames_per_collection=64,
-    total_frames=64 * 8,
-    min_replay=128,
-    replay_size=256,
-    batch_size=16,
-    updates_per_collection=3,
-    hidden=(8,),
-    eval_every=150,
-    eval_episodes=2,
-    final_eval_episodes=3,
-    checkpoint_every=6,
-)
-
-
-class NoLoggers:
-    def __init__(self, path):
-        pass
-
-    def log(self, row):
-        pass
-
-    def close(self):
-        pass
+from fp8rl_torchrl.training.run import RunSchedule
 
 
 @pytest.fixture(autouse=True)
@@ -52,31 +23,6 @@ def _no_picture(request, monkeypatch):
     """The picture and TensorBoard take longer than the training here: they are made where a test asks for them."""
     if "everything" not in request.node.name:
         monkeypatch.setattr(run_module, "plot_learning_curve", lambda rows, title, path: path.write_text(title))
-
-
-def run_in(path, config=CONFIG, on_report=lambda report: None, loggers=NoLoggers):
-    folder, pipeline = RunFolder(path), build(config)
-    if not path.exists():
-        folder.create(config.to_dict())
-    checkpoints = PipelineCheckpoints(pipeline, CollectorState(pipeline.collector), folder.checkpoints)
-    return Run(pipeline, checkpoints, folder, loggers(path), config, "a run", on_report)
-
-
-def rows_of(run):
-    with run.folder.metrics.open(newline="") as file:
-        return [{name: cell for name, cell in row.items() if name != "seconds"} for row in csv.DictReader(file)]
-
-
-def saved_frames(run):
-    return sorted(int(path.name.removeprefix("checkpoint-")) for path in run.folder.checkpoints.iterdir())
-
-
-def state_of(run):
-    pipeline = run.pipeline
-    carrier = pipeline.collector._carrier.flatten_keys(".")
-    parts = (pipeline.agent.state_dict(), pipeline.replay[:].flatten_keys(".").to_dict(), carrier.to_dict())
-    tensors = {f"{place}.{name}": value.tolist() for place, part in enumerate(parts) for name, value in part.items()}
-    return tensors, torch.random.get_rng_state().tolist(), repr(pipeline.step.state_dict())
 
 
 # ------------------------------------------------------------------------------------------------------ what is left
@@ -89,6 +35,7 @@ def test_everything_a_run_leaves_in_its_folder(tmp_path):
     summary = run.summarize("total_frames")
 
     assert sorted(path.name for path in run.folder.path.iterdir()) == [
+        "best",
         "checkpoints",
         "config.json",
         "learning_curve.png",
@@ -156,14 +103,6 @@ def test_evaluations_do_not_change_the_run(tmp_path):
 # ------------------------------------------------------------------------------------------------ stopping and resuming
 
 
-def stop_at(frames, send):
-    def on_report(report):
-        if report.frames == frames:
-            send()
-
-    return on_report
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """The end and the metrics of a whole run, by its configuration."""
@@ -177,14 +116,6 @@ def uninterrupted(tmp_path_factory):
         return state_of(whole), rows_of(whole)
 
     return end_of
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed():
-    raise Killed
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -25,6 +25,7 @@ def test_the_files_of_a_run(tmp_path):
         "curve": "learning_curve.png",
         "conversion": "conversion.json",
         "checkpoints": "checkpoints",
+        "best": "best",
     }
     assert not folder.path.exists(), "naming a folder makes none"
 
