@@ -19,7 +19,23 @@ class A2CConfig(OnPolicyConfig):
         ValueError: If an option is out of range.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"CustomEnv": {"gamma": 0.9, "lr": 1e-2}}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "CustomEnv": {"gamma": 0.9, "lr": 1e-2},
+        "CartPole-v1": {
+            "total_frames": 600_000,
+            "num_envs": 32,
+            "frames_per_collection": 512,
+            "lr": 5e-3,
+            "gamma": 0.98,
+            "max_grad_norm": 1.0,
+            "reward_scale": 0.05,
+            "precision": "fp32",
+            "collector": "fused",
+            "report_every": 100,
+            "eval_every": 8192,
+            "target_return": 500.0,
+        },
+    }
     """Tuned options by task."""
 
     algo: Literal["a2c"] = "a2c"

@@ -24,7 +24,16 @@ class ReinforceConfig(FreshConfig):
         ValueError: If an option is out of range.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "CartPole-v1": {
+            "total_frames": 400_000,
+            "lr": 1e-2,
+            "precision": "fp32",
+            "collector": "fused",
+            "eval_every": 4000,
+            "target_return": 500.0,
+        },
+    }
     """Tuned options by task."""
 
     algo: Literal["reinforce"] = "reinforce"

@@ -21,7 +21,38 @@ class SACConfig(OffPolicyConfig):
         ValueError: If an option is out of range.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "CartPole-v1": {
+            "total_frames": 60_000,
+            "num_envs": 16,
+            "frames_per_collection": 128,
+            "updates_per_collection": 8,
+            "min_replay": 512,
+            "hidden": (64, 64),
+            "lr": 2e-3,
+            "target_rate": 0.02,
+            "alpha": 0.02,
+            "reward_scale": 0.02,
+            "precision": "fp32",
+            "eval_every": 2048,
+            "target_return": 500.0,
+        },
+        "Pendulum-v1": {
+            "total_frames": 15_000,
+            "num_envs": 8,
+            "frames_per_collection": 32,
+            "updates_per_collection": 8,
+            "min_replay": 500,
+            "hidden": (64, 64),
+            "lr": 2e-3,
+            "gamma": 0.98,
+            "target_rate": 0.02,
+            "alpha": 0.1,
+            "reward_scale": 0.1,
+            "precision": "fp32",
+            "eval_every": 2000,
+        },
+    }
     """Tuned options by task."""
 
     algo: Literal["sac"] = "sac"

@@ -21,7 +21,22 @@ class TD3Config(OffPolicyConfig):
         ValueError: If an option is out of range.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "Pendulum-v1": {
+            "total_frames": 15_000,
+            "num_envs": 8,
+            "frames_per_collection": 32,
+            "updates_per_collection": 8,
+            "min_replay": 500,
+            "hidden": (64, 64),
+            "lr": 2e-3,
+            "gamma": 0.98,
+            "target_rate": 0.02,
+            "reward_scale": 0.1,
+            "precision": "fp32",
+            "eval_every": 2000,
+        },
+    }
     """Tuned options by task."""
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {"ddpg": {"critics": 1, "actor_every": 1, "target_noise": 0.0}}
     """Named sets of options for any task."""
