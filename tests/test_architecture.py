@@ -24,7 +24,20 @@ MAY_IMPORT = {leaf: set() for leaf in LEAVES} | {
     "recipes": LEAVES | {"training", "numerics"},
 }
 MAX_LINES = 400
-HEAVY = ["matplotlib", "tyro", "tqdm", "tensorboard", "imageio", "pytest", "stable_baselines3", "wandb"]
+HEAVY = [
+    "matplotlib",
+    "tyro",
+    "tqdm",
+    "tensorboard",
+    "imageio",
+    "pytest",
+    "stable_baselines3",
+    "wandb",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "optuna",
+]
 
 
 def read(*folders):

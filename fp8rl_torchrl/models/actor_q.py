@@ -71,7 +71,8 @@ class ActorQ(nn.Module):
         self.statistics = statistics  # before the layers that refer to it
         self.actor, self.qvalue, self.exploration = actor, qvalue, exploration
         # A view of the same modules: kept out of the module tree, in which every parameter has one name.
-        self.__dict__["policy"] = actor if exploration is None else TensorDictSequential(actor, exploration)
+        parts: Any = [actor, exploration]
+        self.__dict__["policy"] = actor if exploration is None else TensorDictSequential(*parts)
 
     @classmethod
     def for_env(

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictSequential
 from torch import nn
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import EGreedyModule, QValueActor
 
 from fp8rl_torchrl.models.heads import observation_of
@@ -36,6 +38,21 @@ class DuelingHead(nn.Module):
         """Map features ``[..., num_features]`` of any floating dtype to float32 ``[..., n]``."""
         advantage = self.advantage(features)
         return self.value(features) + advantage - advantage.mean(-1, keepdim=True)
+
+
+class _EpsilonGreedy(EGreedyModule):
+    """TorchRL's, with the same draws, but without an expanded spec, which PyTorch 2.11 cannot compile."""
+
+    eps: torch.Tensor
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Replace some actions by random ones."""
+        if exploration_type() not in (ExplorationType.RANDOM, None):
+            return tensordict
+        action: Any = tensordict.get("action")
+        spec: Any = self.spec
+        explores = torch.rand(action.shape, device=action.device) < self.eps
+        return tensordict.set("action", torch.where(explores, torch.randint_like(action, spec["action"].n), action))
 
 
 class QNetwork(nn.Module):
@@ -87,8 +104,10 @@ class QNetwork(nn.Module):
             )
         head = (DuelingHead if dueling else Float32Head)(num_features, action_spec.n)
         self.values = QValueActor(nn.Sequential(encoder, head), in_keys=[observation_key], spec=action_spec)
-        self.exploration = EGreedyModule(action_spec, float(epsilon), 0.0)
-        self.__dict__["policy"] = TensorDictSequential(self.values, self.exploration)  # a view of the same modules
+        self.exploration = _EpsilonGreedy(action_spec, float(epsilon), 0.0)
+        # A view of the same modules: kept out of the module tree, in which every parameter has one name.
+        parts: Any = [self.values, self.exploration]
+        self.__dict__["policy"] = TensorDictSequential(*parts)
 
     @classmethod
     def for_env(

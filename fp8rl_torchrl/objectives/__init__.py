@@ -4,5 +4,6 @@ from fp8rl_torchrl.objectives.a2c import RolloutA2CLoss
 from fp8rl_torchrl.objectives.advantages import RolloutAdvantage
 from fp8rl_torchrl.objectives.ppo import JointClipPPOLoss
 from fp8rl_torchrl.objectives.replayed_actor_critic import ReplayedActorCriticLoss
+from fp8rl_torchrl.objectives.returns_to_go import ReturnsToGo
 
-__all__ = ["JointClipPPOLoss", "ReplayedActorCriticLoss", "RolloutA2CLoss", "RolloutAdvantage"]
+__all__ = ["JointClipPPOLoss", "ReplayedActorCriticLoss", "ReturnsToGo", "RolloutA2CLoss", "RolloutAdvantage"]

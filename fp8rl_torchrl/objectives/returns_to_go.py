@@ -39,6 +39,8 @@ class ReturnsToGo(nn.Module):
         (torch.Size([4, 200, 1]), torch.Size([4, 200, 1]))
     """
 
+    actor_critic: JointModel
+
     def __init__(
         self, actor_critic: JointModel, *, gamma: float = 0.99, baseline: bool = False, normalize: bool = True
     ) -> None:

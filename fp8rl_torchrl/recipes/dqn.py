@@ -15,6 +15,28 @@ from fp8rl_torchrl.recipes.wiring import ACTIVATIONS, make_parts, make_pipeline,
 from fp8rl_torchrl.training.loop import Pipeline, Report
 
 
+_CONTROL: dict[str, Any] = {
+    "num_envs": 16,
+    "frames_per_collection": 512,
+    "updates_per_collection": 24,
+    "min_replay": 1000,
+    "replay_size": 50_000,
+    "batch_size": 512,
+    "activation": "tanh",
+    "lr": 2e-3,
+    "lr_schedule": "linear",
+    "lr_final": 0.1,
+    "n_step": 8,
+    "target_rate": 0.1,
+    "double": True,
+    "reward_scale": 0.02,
+    "normalize_observation": True,
+    "precision": "fp32",
+    "collector": "fused",
+    "eval_every": 2048,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DQNConfig(OffPolicyConfig):
     """Options of deep Q-learning.
@@ -23,7 +45,10 @@ class DQNConfig(OffPolicyConfig):
         ValueError: If an option is out of range.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "CartPole-v1": {**_CONTROL, "total_frames": 40_000, "epsilon_frames": 8000, "target_return": 500.0},
+        "Acrobot-v1": {**_CONTROL, "total_frames": 60_000, "epsilon_frames": 20_000},
+    }
     """Tuned options by task."""
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
         "guide": {

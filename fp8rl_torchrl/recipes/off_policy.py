@@ -4,15 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from tensordict import TensorDictBase
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.objectives import HardUpdate, SoftUpdate
 
-from fp8rl_torchrl.data.n_step import n_step
+from fp8rl_torchrl.data.multi_step import n_step
 from fp8rl_torchrl.data.replay import prioritized_replay_buffer, replay_buffer
 from fp8rl_torchrl.recipes.config import RecipeConfig
+
+PENDULUM: dict[str, Any] = {
+    "total_frames": 15_000,
+    "num_envs": 8,
+    "frames_per_collection": 32,
+    "updates_per_collection": 8,
+    "min_replay": 500,
+    "hidden": (64, 64),
+    "lr": 2e-3,
+    "gamma": 0.98,
+    "target_rate": 0.02,
+    "reward_scale": 0.1,
+    "precision": "fp32",
+    "eval_every": 2000,
+}
+"""What is tuned alike for Pendulum-v1, whatever learns from replay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +76,9 @@ class OffPolicyConfig(ReplayConfig):
         ValueError: If an option is out of range.
     """
 
+    SQUARED_ERRORS: ClassVar[bool] = True
+    """Whether TorchRL's loss writes the square of each error as ``td_error``, and not its magnitude."""
+
     total_frames: int | None = 100_000
     """Train for this many environment steps; None counts episodes instead."""
     num_envs: int = 8
@@ -83,7 +102,7 @@ class OffPolicyConfig(ReplayConfig):
     prioritized: bool = False
     """Whether transitions with a large error are drawn more often (Schaul et al., 2016)."""
     priority_exponent: float = 0.6
-    """How much more often; 0 is uniform."""
+    """How much more often: by this power of the error's magnitude; 0 is uniform."""
     importance_exponent: float = 0.4
     """How far weights on the loss correct for that; 1 does fully."""
     target_update: Literal["soft", "hard"] = "soft"
@@ -120,8 +139,10 @@ class OffPolicyConfig(ReplayConfig):
         """
         if not self.prioritized:
             return super().make_replay()
-        exponents = self.priority_exponent, self.importance_exponent
-        return prioritized_replay_buffer(self.replay_size, self.batch_size, *exponents, self.device)
+        alpha, beta = self.priority_exponent, self.importance_exponent
+        if self.SQUARED_ERRORS:
+            alpha /= 2
+        return prioritized_replay_buffer(self.replay_size, self.batch_size, alpha, beta, self.device)
 
     def target_updater(self, loss: Any) -> SoftUpdate | HardUpdate:
         """How the target networks of a loss follow."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from torchrl.objectives import DiscreteSACLoss, SACLoss
 
 from fp8rl_torchrl.models.actor_q import ActorQ
-from fp8rl_torchrl.recipes.off_policy import OffPolicyConfig
+from fp8rl_torchrl.recipes.off_policy import PENDULUM, OffPolicyConfig
 from fp8rl_torchrl.recipes.wiring import ACTIVATIONS, make_optimizer, make_parts, make_pipeline, make_step
 from fp8rl_torchrl.training.loop import Pipeline
 
@@ -37,23 +37,10 @@ class SACConfig(OffPolicyConfig):
             "eval_every": 2048,
             "target_return": 500.0,
         },
-        "Pendulum-v1": {
-            "total_frames": 15_000,
-            "num_envs": 8,
-            "frames_per_collection": 32,
-            "updates_per_collection": 8,
-            "min_replay": 500,
-            "hidden": (64, 64),
-            "lr": 2e-3,
-            "gamma": 0.98,
-            "target_rate": 0.02,
-            "alpha": 0.1,
-            "reward_scale": 0.1,
-            "precision": "fp32",
-            "eval_every": 2000,
-        },
+        "Pendulum-v1": {**PENDULUM, "alpha": 0.1},
     }
     """Tuned options by task."""
+    SQUARED_ERRORS: ClassVar[bool] = False
 
     algo: Literal["sac"] = "sac"
     """The recipe."""

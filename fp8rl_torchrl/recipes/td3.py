@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from torchrl.objectives import TD3Loss
 
 from fp8rl_torchrl.models.actor_q import ActorQ
-from fp8rl_torchrl.recipes.off_policy import OffPolicyConfig
+from fp8rl_torchrl.recipes.off_policy import PENDULUM, OffPolicyConfig
 from fp8rl_torchrl.recipes.wiring import ACTIVATIONS, make_optimizer, make_parts, make_pipeline, make_step
 from fp8rl_torchrl.training.loop import Pipeline
 
@@ -21,22 +21,7 @@ class TD3Config(OffPolicyConfig):
         ValueError: If an option is out of range.
     """
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "Pendulum-v1": {
-            "total_frames": 15_000,
-            "num_envs": 8,
-            "frames_per_collection": 32,
-            "updates_per_collection": 8,
-            "min_replay": 500,
-            "hidden": (64, 64),
-            "lr": 2e-3,
-            "gamma": 0.98,
-            "target_rate": 0.02,
-            "reward_scale": 0.1,
-            "precision": "fp32",
-            "eval_every": 2000,
-        },
-    }
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"Pendulum-v1": PENDULUM}
     """Tuned options by task."""
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {"ddpg": {"critics": 1, "actor_every": 1, "target_noise": 0.0}}
     """Named sets of options for any task."""

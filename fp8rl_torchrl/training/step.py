@@ -288,13 +288,15 @@ class OptimStep(OptimizationStepper):
         """
         if self._calls % self.accumulate:
             raise RuntimeError("an accumulated update is under way: save after its last call")
-        return {
+        state = {
             "optimizers": {key: optimizer.state_dict() for key, optimizer in self.optimizers.items()},
             "scalers": {key: scaler.state_dict() for key, scaler in self.scalers.items()},
             "updates": self.updates,
             "skipped_steps": self.skipped_steps,
             "calls": self._calls,
         }
+        # An optimizer that rests next goes on reporting its last step.
+        return state | {"last_step": dict(self._last_step)} if self.every else state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; gradients that wait for the rest of their update are dropped."""
@@ -306,6 +308,7 @@ class OptimStep(OptimizationStepper):
         for optimizer in self._all():
             optimizer.zero_grad(set_to_none=True)
         self._calls = state_dict.get("calls", 0)
+        self._last_step |= {name: v.to(self.device).clone() for name, v in state_dict.get("last_step", {}).items()}
         for parameter in self._flat():
             parameter.refuse_if_torn()
         for finite in self._finite.values():

@@ -52,6 +52,8 @@ def test_an_encoder_of_ones_own_for_pixels(key, shared):
     env = Specs(Composite({key: Bounded(0, 1, (3, 8, 8))}), Categorical(5, (), dtype=torch.int64))
     encoder = pixel_encoder()
     agent = ActorCritic.for_env(env, encoder=encoder, shared=shared)
+    with pytest.raises(ValueError, match="normalize is for the encoder that is built here"):
+        ActorCritic.for_env(env, encoder=encoder, shared=shared, normalize=True)
     output = agent.joint(TensorDict({key: torch.rand(6, 3, 8, 8)}, batch_size=[6]))
     assert output["logits"].shape == (6, 5)
     assert output["state_value"].shape == (6, 1)

@@ -64,7 +64,14 @@ def test_the_bounds_of_a_vector():
 
 @pytest.mark.parametrize(
     "spec",
-    [ACTION, OneHot(3), Unbounded((2,)), Bounded(0, 5, (2,), dtype=torch.int64), Bounded(0, 1, (2, 2)), Bounded(0, 1, ())],
+    [
+        ACTION,
+        OneHot(3),
+        Unbounded((2,)),
+        Bounded(0, 5, (2,), dtype=torch.int64),
+        Bounded(0, 1, (2, 2)),
+        Bounded(0, 1, ()),
+    ],
 )
 def test_what_is_no_bounded_vector_has_none(spec):
     assert bounds_of(spec) is None
@@ -73,7 +80,7 @@ def test_what_is_no_bounded_vector_has_none(spec):
 def test_an_infinite_bound_is_refused():
     spec = Bounded(torch.tensor([-1.0, -math.inf]), torch.tensor([1.0, 1.0]))
     for refuse in (bounds_of, lambda spec: ActorHead.for_spec(8, spec)):
-        with pytest.raises(ValueError, match="(?s)the action space is unbounded .*needs finite bounds"):
+        with pytest.raises(ValueError, match=r"(?s)the action space is unbounded .*needs finite bounds"):
             refuse(spec)
 
 
@@ -103,7 +110,9 @@ def test_the_head_of_a_bounded_vector():
 
 @pytest.mark.parametrize("spec", [OneHot(3), MultiCategorical([2, 3]), Unbounded((2,)), Categorical(3, (2,))])
 def test_an_action_without_a_head_is_refused(spec):
-    with pytest.raises(ValueError, match="(?s)unsupported action space .*categorical action .*bounded continuous vector"):
+    with pytest.raises(
+        ValueError, match=r"(?s)unsupported action space .*categorical action .*bounded continuous vector"
+    ):
         ActorHead.for_spec(8, spec)
 
 

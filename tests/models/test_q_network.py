@@ -12,6 +12,7 @@ from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, Categorical, OneHot
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import EGreedyModule
 
 from fp8rl_torchrl import convert
 from fp8rl_torchrl.data.fused import FusedCollector
@@ -112,6 +113,18 @@ def test_epsilon_is_a_tensor_that_is_written():
         assert frequency == pytest.approx(1 - epsilon * 2 / 3, abs=BOUND if epsilon else 0)
     assert agent.exploration.eps.data_ptr() == pointer
     assert "exploration.eps" in agent.state_dict()
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
+def test_it_draws_as_torchrls_module_does(env, epsilon):
+    agent = network(env, epsilon=epsilon)
+    theirs = EGreedyModule(env.action_spec_unbatched, epsilon, 0.0)
+    for shape in ((), (50,), (5, 10)):
+        found = []
+        for exploration in (agent.exploration, theirs):
+            torch.manual_seed(3)
+            found.append(exploration(agent.values(batch(*shape)))["action"])
+        assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("epsilon", [0.3, 1.0])
@@ -219,7 +232,7 @@ def test_a_deepcopy_is_independent_and_whole(env):
 
 @pytest.mark.parametrize("action", [Bounded(-1, 1, (2,)), OneHot(3), Categorical(3, (2,))])
 def test_an_action_that_is_not_categorical_is_refused(action):
-    with pytest.raises(ValueError, match="(?s)one value for each discrete action.*use sac, td3 or ppo"):
+    with pytest.raises(ValueError, match=r"(?s)one value for each discrete action.*use sac, td3 or ppo"):
         network(Specs(VECTOR, action))
 
 
@@ -245,7 +258,9 @@ def test_a_fused_collector_gathers_what_torchrls_does(dueling, epsilon):
     def policy(env):
         return network(env, (16,), dueling=dueling, epsilon=epsilon, normalize=True).policy
 
-    streams = [take(build(kind, CartPoleEnv(4, seed=0, max_steps=9), policy), 2) for kind in (Collector, FusedCollector)]
+    streams = [
+        take(build(kind, CartPoleEnv(4, seed=0, max_steps=9), policy), 2) for kind in (Collector, FusedCollector)
+    ]
     assert_same_batches(*streams)
     assert any(stream["next", "done"].any() for stream in streams[0])
     greedy = all((each["action"] == each["action_value"].argmax(-1)).all() for each in streams[1])

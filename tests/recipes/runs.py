@@ -48,6 +48,23 @@ def trained(config):
     return pipeline, reports
 
 
+def record(pipeline):
+    """What the step is given, and each collection with its report, as training goes on."""
+    batches, collections = [], []
+    update, after = pipeline.step._update, pipeline.after_collection
+
+    def updating(batch, compute_loss):
+        batches.append(batch.clone())
+        return update(batch, compute_loss)
+
+    def following(rollout, report):
+        collections.append((rollout.clone(), report))
+        after(rollout, report)
+
+    pipeline.step._update, pipeline.after_collection = updating, following
+    return batches, collections
+
+
 def batch_of(pipeline):
     """A batch from the pipeline's buffer, as the step is given it."""
     return pipeline.replay.sample()

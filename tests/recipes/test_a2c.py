@@ -87,7 +87,8 @@ def test_it_is_made_of_the_parts_it_names(collector):
     assert type(pipeline.collector) is {"torchrl": Collector, "fused": FusedCollector}[collector]
     assert pipeline.collector.env is pipeline.env
     assert pipeline.replay is None
-    assert pipeline.prepare is None
+    rollout = next(iter(pipeline.collector))
+    assert pipeline.prepare(rollout) is rollout, "the loss estimates the advantages"
     assert type(pipeline.loss) is RolloutA2CLoss
     assert pipeline.loss.actor_critic is pipeline.agent
     assert type(pipeline.step) is OptimStep
@@ -171,8 +172,9 @@ def test_it_runs(env):
     assert all(not torch.equal(after[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16", "fp8"])
 @pytest.mark.parametrize("collector", ["torchrl", "fused"])
+@pytest.mark.filterwarnings("ignore:cpu has no TF32:UserWarning")
 def test_every_precision_runs(precision, collector):
     config = dataclasses.replace(
         SMALL, precision=precision, collector=collector, compile="off", hidden=(32, 32), init_scale=64.0

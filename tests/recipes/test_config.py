@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import inspect
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -132,8 +133,8 @@ def test_unknown_and_wrong_options_are_refused():
 
 
 class Tuned(RecipeConfig):
-    PRESETS = {"CartPole-v1": {"lr": 0.5, "hidden": (3,)}}
-    VARIANTS = {"wide": {"hidden": (999,), "gamma": 0.5}}
+    PRESETS: ClassVar = {"CartPole-v1": {"lr": 0.5, "hidden": (3,)}}
+    VARIANTS: ClassVar = {"wide": {"hidden": (999,), "gamma": 0.5}}
 
 
 def test_a_preset_is_for_its_task_and_options_win_over_it():

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from runs import REPLAYED, bits, target_bits
+from runs import REPLAYED, bits, record, target_bits
 from torchrl.data import TensorDictPrioritizedReplayBuffer
 from torchrl.objectives import HardUpdate, SoftUpdate
 
 from fp8rl_torchrl.data import PackedReplayBuffer
-from fp8rl_torchrl.data.n_step import n_step
+from fp8rl_torchrl.data.multi_step import n_step
 from fp8rl_torchrl.recipes import ActorCriticConfig, DQNConfig, SACConfig, TD3Config, build
 
 CONFIGS = [
@@ -97,13 +97,7 @@ def test_the_buffer_is_the_one_asked_for(config):
 @each
 def test_without_a_buffer_each_collection_is_learned_from_once(config):
     pipeline = build(dataclasses.replace(config, replay_size=0))
-    batches, update = [], pipeline.step._update
-
-    def recording(batch, compute_loss):
-        batches.append(batch.clone())
-        return update(batch, compute_loss)
-
-    pipeline.step._update = recording
+    batches, _ = record(pipeline)
     reports = list(pipeline)
     assert [report.updates for report in reports] == [1, 2, 3, 4]
     assert [batch.numel() for batch in batches] == [16] * 4
@@ -165,25 +159,18 @@ def test_over_one_step_nothing_is_different(config):
 @pytest.mark.parametrize("replay_size", [40, 0])
 def test_over_several_steps_rewards_are_summed_and_their_number_is_kept(config, replay_size):
     pipeline = build(dataclasses.replace(config, n_step=3, gamma=0.5, replay_size=replay_size))
-    batches, update = [], pipeline.step._update
-
-    def recording(batch, compute_loss):
-        batches.append(batch.clone())
-        return update(batch, compute_loss)
-
-    pipeline.step._update = recording
-    collected = []
-    after = pipeline.after_collection
-    pipeline.after_collection = lambda rollout, report: (collected.append(rollout.clone()), after(rollout, report))
+    batches, collected = record(pipeline)
     next(iter(pipeline))
-    reward, done = (collected[0]["next", name].squeeze(-1) for name in ("reward", "done"))
+    reward, done = (collected[0][0]["next", name].squeeze(-1) for name in ("reward", "done"))
     assert not done.any(), "no episode ends in the first four steps: the sums below are those of whole spans"
     r = reward.double()
     sums = torch.stack(
         [r[:, 0] + r[:, 1] / 2 + r[:, 2] / 4, r[:, 1] + r[:, 2] / 2 + r[:, 3] / 4, r[:, 2] + r[:, 3] / 2, r[:, 3]], 1
     )
     steps = torch.tensor([3, 3, 2, 1]).expand(4, 4)
-    expected = {(round(total, 4), n) for total, n in zip(sums.flatten().tolist(), steps.flatten().tolist(), strict=True)}
+    expected = {
+        (round(total, 4), n) for total, n in zip(sums.flatten().tolist(), steps.flatten().tolist(), strict=True)
+    }
     learned = {
         (round(total, 4), n)
         for batch in batches

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from runs import everything, finish, interrupted
+from runs import check_resuming, everything, finish, interrupted, record
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
@@ -46,6 +46,9 @@ SMALL = PPOConfig(
         ({"batch_size": 1}, "a single transition has no advantages to normalize"),
         ({"clip_epsilon": 0.0}, "clip_epsilon must be > 0"),
         ({"clip_epsilon": math.nan}, "clip_epsilon must be > 0"),
+        ({"clip_final": 0.0}, "clip_final must be > 0; got 0.0"),
+        ({"max_kl": 0.0}, "max_kl must be > 0; got 0.0"),
+        ({"max_kl": math.nan}, "max_kl must be > 0"),
         ({"critic_coeff": -1.0}, "_coeff must be >= 0"),
         ({"entropy_coeff": -1.0}, "_coeff must be >= 0"),
         ({"lmbda": 1.1}, r"lmbda must lie in \[0, 1\]"),
@@ -88,7 +91,7 @@ def test_presets():
         preset, seed=3, total_frames=2048
     )
     assert PPOConfig.for_task("CartPole-v1", collector="torchrl").collector == "torchrl"
-    assert PPOConfig.for_task("Acrobot-v1", seed=3) == PPOConfig(env="Acrobot-v1", seed=3)
+    assert PPOConfig.for_task("Untuned-v0", seed=3) == PPOConfig(env="Untuned-v0", seed=3)
     with pytest.raises(ValueError, match="epochs must be >= 1"):
         PPOConfig.for_task("CartPole-v1", epochs=0)
 
@@ -104,9 +107,8 @@ def test_it_is_made_of_the_parts_it_names(collector):
     assert type(pipeline.replay) is PackedReplayBuffer
     assert type(pipeline.replay.sampler) is SamplerWithoutReplacement
     assert pipeline.replay.storage.max_size == 64
-    assert type(pipeline.prepare) is RolloutAdvantage
     assert type(pipeline.loss) is JointClipPPOLoss
-    assert pipeline.loss.actor_critic is pipeline.prepare.actor_critic is pipeline.agent
+    assert pipeline.loss.actor_critic is pipeline.agent
     assert type(pipeline.step) is OptimStep
     (flat,) = pipeline.step.optimizers["loss"].param_groups[0]["params"]
     assert type(flat) is FlatParameter
@@ -133,7 +135,13 @@ def test_options_reach_the_part_they_are_for():
     )
     pipeline = build(config)
     loss = pipeline.loss
-    assert (pipeline.prepare.gamma, pipeline.prepare.lmbda, pipeline.prepare.episode_ends) == (0.5, 0.25, 1)
+    rollout = next(iter(pipeline.collector))
+    expected = RolloutAdvantage(pipeline.agent, gamma=0.5, lmbda=0.25, episode_ends=1)(rollout.clone())
+    other = RolloutAdvantage(pipeline.agent, gamma=0.5, lmbda=0.5, episode_ends=1)(rollout.clone())
+    found = pipeline.prepare(rollout.clone())
+    for name in ("advantage", "value_target"):
+        assert torch.equal(found[name], expected[name])
+        assert not torch.equal(found[name], other[name])
     assert (loss.clip_epsilon, loss.critic_coeff, loss.entropy_coeff) == (0.3, 0.125, 0.0625)
     assert not loss.normalize_advantage
     assert pipeline.step.max_grad_norm == 3.0
@@ -167,6 +175,97 @@ def test_every_epoch_sees_every_transition_once():
     assert seen[:4] != seen[4:8], "each epoch has an order of its own"
 
 
+# ----------------------------------------------------------------------------------------- early stop and annealing
+
+
+def counts(pipeline):
+    """The updates of each collection."""
+    total = [0, *(report.updates for report in pipeline)]
+    return [after - before for before, after in itertools.pairwise(total)]
+
+
+def test_updates_end_once_the_new_policy_is_far_from_the_old_one():
+    """The first update's policy is the old one; the second finds it moved, and is the last where that is too far."""
+    assert counts(build(dataclasses.replace(SMALL, max_kl=1e-9))) == [2] * 5
+    assert counts(build(dataclasses.replace(SMALL, max_kl=1e9))) == [12] * 5
+    assert counts(build(SMALL)) == [12] * 5
+    between = counts(build(dataclasses.replace(SMALL, max_kl=1e-3, lr=3e-2)))
+    assert all(2 <= count <= 12 for count in between)
+    assert len(set(between)) > 1
+
+
+def test_the_last_update_of_a_collection_is_the_first_that_was_too_far():
+    pipeline = build(dataclasses.replace(SMALL, max_kl=1e-3, lr=3e-2))
+    found, update = [], pipeline.step._update
+
+    def recording(batch, compute_loss):
+        losses = update(batch, compute_loss)
+        found.append(losses["kl"].item())
+        return losses
+
+    pipeline.step._update = recording
+    ended_early = 0
+    for _ in pipeline:
+        assert all(kl <= 1e-3 for kl in found[:-1])
+        ended_early += len(found) < 12
+        assert found[-1] > 1e-3 or len(found) == 12
+        found.clear()
+    assert ended_early
+
+
+def test_a_limit_that_is_never_reached_changes_nothing():
+    assert finish(build(dataclasses.replace(SMALL, max_kl=1e9))) == finish(build(SMALL))
+
+
+@pytest.mark.parametrize("batch_size", [16, 1])
+def test_after_an_early_end_every_transition_is_drawn_once_again(batch_size):
+    """Also with minibatches so many that the buffer does not gather a pass at once."""
+    config = dataclasses.replace(SMALL, max_kl=1e-9, batch_size=batch_size, normalize_advantage=False)
+    pipeline = build(dataclasses.replace(config, total_frames=128))
+    next(iter(pipeline))
+    assert pipeline.step.updates < 64
+    pipeline.enough = None
+    batches, collections = record(pipeline)
+    next(iter(pipeline))
+    seen = [batch["observation"][:, 0].tolist() for batch in batches]
+    collected = collections[0][0]["observation"][..., 0].flatten().tolist()
+    size = 64 // batch_size
+    assert len(seen) == 3 * size
+    for epoch in range(3):
+        drawn = itertools.chain(*seen[size * epoch : size * (epoch + 1)])
+        assert sorted(drawn) == sorted(collected)
+
+
+def test_the_clip_falls_by_hand():
+    pipeline = build(dataclasses.replace(SMALL, epochs=1, clip_epsilon=0.4, clip_final=0.1))
+    assert pipeline.loss.clip_epsilon == pytest.approx(0.4)
+    # 20 updates in five collections
+    found = [pipeline.loss.clip_epsilon.item() for _ in pipeline]
+    assert found == pytest.approx([0.34, 0.28, 0.22, 0.16, 0.1])
+
+
+def test_the_clip_falls_as_long_as_the_learning_rate_does_and_stays():
+    config = dataclasses.replace(SMALL, epochs=1, clip_epsilon=0.4, clip_final=0.1, lr_decay_updates=8)
+    assert clips(config) == pytest.approx([0.25, 0.1, 0.1, 0.1, 0.1])
+    rising = dataclasses.replace(config, clip_epsilon=0.1, clip_final=0.2)
+    assert clips(rising) == pytest.approx([0.15, 0.2, 0.2, 0.2, 0.2])
+    assert clips(dataclasses.replace(config, clip_final=None)) == pytest.approx([0.4] * 5)
+
+
+def clips(config):
+    pipeline = build(config)
+    return [pipeline.loss.clip_epsilon.item() for _ in pipeline]
+
+
+def test_the_annealed_clip_is_what_the_loss_clips_by():
+    pipeline = build(dataclasses.replace(SMALL, clip_epsilon=0.9, clip_final=1e-6, lr=0.03))
+    *_, last = pipeline
+    plain = build(dataclasses.replace(SMALL, clip_epsilon=0.9, lr=0.03))
+    *_, other = plain
+    # before the last collection, a fifth of 0.9 was left
+    assert last.metrics["clip_fraction"] > other.metrics["clip_fraction"] == 0
+
+
 # ------------------------------------------------------------------------------------------------------------ runs
 
 
@@ -184,8 +283,9 @@ def test_it_runs(env):
     assert all(not torch.equal(after[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16", "fp8"])
 @pytest.mark.parametrize("collector", ["torchrl", "fused"])
+@pytest.mark.filterwarnings("ignore:cpu has no TF32:UserWarning")
 def test_every_precision_runs(precision, collector):
     config = dataclasses.replace(
         SMALL, precision=precision, collector=collector, compile="off", hidden=(32, 32), init_scale=64.0
@@ -230,6 +330,16 @@ def test_a_resumed_run_ends_bit_identical(collector, precision, stopped_after, t
     actual = everything(resumed)
     for name in expected:
         assert actual[name] == expected[name], name
+
+
+@pytest.mark.parametrize("collector", ["torchrl", "fused"])
+def test_a_resumed_run_with_annealing_and_statistics_ends_bit_identical(collector, tmp_path):
+    options = {"clip_epsilon": 0.4, "clip_final": 0.1, "max_kl": 1e-3, "normalize_observation": True, "lr": 0.03}
+    config = dataclasses.replace(SMALL, collector=collector, compile="off", lr_schedule="cosine", **options)
+    whole = check_resuming(config, tmp_path)
+    assert 10 < whole.step.updates < 60, "some collections' updates ended early"
+    assert whole.agent.statistics.count == 320
+    assert whole.loss.clip_epsilon < 0.4
 
 
 def test_with_other_random_streams_a_resumed_run_ends_elsewhere(tmp_path, monkeypatch):

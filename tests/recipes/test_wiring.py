@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from runs import REPLAYED, bits
+from runs import REPLAYED, bits, record
 from torch import nn
 from torchrl.collectors import Collector
 
@@ -40,23 +40,6 @@ EACH = [
     TD3Config(env="Pendulum-v1", **REPLAYED),
 ]
 each = pytest.mark.parametrize("config", EACH, ids=lambda config: f"{config.algo}-{config.env}")
-
-
-def record(pipeline):
-    """What the step is given, and each collection with its report, as training goes on."""
-    batches, collections = [], []
-    update, after = pipeline.step._update, pipeline.after_collection
-
-    def updating(batch, compute_loss):
-        batches.append(batch.clone())
-        return update(batch, compute_loss)
-
-    def following(rollout, report):
-        collections.append((rollout.clone(), report))
-        after(rollout, report)
-
-    pipeline.step._update, pipeline.after_collection = updating, following
-    return batches, collections
 
 
 # ------------------------------------------------------------------------------------------------------ by name

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torchrl.checkpoint import Checkpoint, GlobalRNGState
 
 from fp8rl_torchrl.data import CollectorState
-from fp8rl_torchrl.recipes import ActorCriticConfig, build
+from fp8rl_torchrl.recipes import ActorCriticConfig, DQNConfig, build
 from fp8rl_torchrl.training.checkpoint import CheckpointError, PipelineCheckpoints, latest_checkpoint
 
 COLLECTIONS = 7
@@ -145,6 +146,46 @@ def test_nothing_that_is_saved_could_be_left_out(missing, tmp_path):
     forgetful(resumed).load_latest()
     advance(resumed, COLLECTIONS)
     assert everything(resumed) != everything(whole)
+
+
+def test_target_networks_are_saved(tmp_path):
+    """They are part of the loss alone; a checkpoint without it resumes with those of a new one."""
+    config = DQNConfig(
+        env="CartPole-v1",
+        num_envs=4,
+        frames_per_collection=16,
+        total_frames=16 * 5,
+        min_replay=16,
+        batch_size=8,
+        updates_per_collection=2,
+        hidden=(8,),
+        lr=0.01,
+        target_rate=0.2,
+    )
+
+    def networks(pipeline):
+        return bits({name: value for name, value in pipeline.loss.state_dict().items() if "params" in name})
+
+    whole = build(config)
+    advance(whole, 5)
+    stopped = build(config)
+    advance(stopped, 2)
+    checkpoints_of(stopped, tmp_path).save(stopped.frames)
+    ends = []
+    for forgotten in (False, True):
+        resumed = build(dataclasses.replace(config, seed=5))
+        checkpoints = checkpoints_of(resumed, tmp_path)
+        if forgotten:
+            checkpoints.checkpoint = Checkpoint(**checkpoints.checkpoint.components | {"loss": NothingSaved()})
+            shutil.rmtree(tmp_path)
+            other = checkpoints_of(stopped, tmp_path)
+            other.checkpoint = Checkpoint(**other.checkpoint.components | {"loss": NothingSaved()})
+            other.save(stopped.frames)
+        checkpoints.load_latest()
+        restored = networks(resumed)
+        advance(resumed, 5)
+        ends.append((restored == networks(stopped), networks(resumed) == networks(whole)))
+    assert ends == [(True, True), (False, False)]
 
 
 def test_training_on_after_a_restore_leaves_the_checkpoint_as_it_is(tmp_path):

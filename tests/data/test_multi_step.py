@@ -11,7 +11,7 @@ from torchrl.data import MultiStep
 from torchrl.objectives.value import TD0Estimator
 
 from fp8rl_torchrl.data.fused import FusedCollector
-from fp8rl_torchrl.data.n_step import n_step
+from fp8rl_torchrl.data.multi_step import n_step
 from fp8rl_torchrl.envs import CartPoleEnv
 
 
