@@ -19,6 +19,26 @@ class ActorCriticConfig(ReplayConfig):
         ValueError: If an option is out of range.
     """
 
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "CartPole-v1": {
+            "total_frames": 150_000,
+            "num_envs": 32,
+            "frames_per_collection": 256,
+            "updates_per_collection": 12,
+            "replay_size": 5000,
+            "batch_size": 256,
+            "lr": 2e-3,
+            "lr_decay_updates": None,
+            "entropy_coeff": 0.001,
+            "reward_scale": 0.02,
+            "normalize_observation": True,
+            "precision": "fp32",
+            "collector": "fused",
+            "eval_every": 2048,
+            "target_return": 500.0,
+        },
+    }
+    """Tuned options by task."""
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
         "online": {
             "shared": False,

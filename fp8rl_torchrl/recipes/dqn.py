@@ -14,7 +14,6 @@ from fp8rl_torchrl.recipes.schedules import epsilon_at
 from fp8rl_torchrl.recipes.wiring import ACTIVATIONS, make_parts, make_pipeline, make_step
 from fp8rl_torchrl.training.loop import Pipeline, Report
 
-
 _CONTROL: dict[str, Any] = {
     "num_envs": 16,
     "frames_per_collection": 512,

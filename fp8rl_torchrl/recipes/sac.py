@@ -41,6 +41,7 @@ class SACConfig(OffPolicyConfig):
     }
     """Tuned options by task."""
     SQUARED_ERRORS: ClassVar[bool] = False
+    """Both losses write the magnitude."""
 
     algo: Literal["sac"] = "sac"
     """The recipe."""

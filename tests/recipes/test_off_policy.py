@@ -86,12 +86,29 @@ def test_the_buffer_is_the_one_asked_for(config):
     uniform = build(config).replay
     assert type(uniform) is PackedReplayBuffer
     assert (uniform.storage.max_size, uniform.batch_size) == (40, 8)
-    prioritized = build(dataclasses.replace(config, prioritized=True, priority_exponent=0.25)).replay
+    prioritized = build(dataclasses.replace(config, prioritized=True)).replay
     assert type(prioritized) is TensorDictPrioritizedReplayBuffer
     assert (prioritized.storage.max_size, prioritized.batch_size) == (40, 8)
-    assert prioritized.sampler.alpha == 0.25
     assert prioritized.sampler.beta == 0.4
     assert build(dataclasses.replace(config, replay_size=0)).replay is None
+
+
+@each
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_a_priority_is_the_magnitude_of_an_error_to_the_power_asked_for(config, exponent):
+    """Whatever the loss writes, the error or its square: of one a hundred times as large, it is 100^exponent times."""
+    options = {"priority_exponent": exponent, "frames_per_collection": 40, "updates_per_collection": 1}
+    pipeline = build(dataclasses.replace(config, prioritized=True, gamma=0.0, lr=1e-9, **options))
+    found = []
+    for reward in (1e4, 1e6):  # beside which the values of a new network are nothing
+        batch = next(iter(pipeline.collector)).select(*pipeline.loss.in_keys).reshape(-1)
+        batch["next", "reward"].fill_(reward)
+        pipeline.replay.extend(batch)
+        sample = pipeline.replay.sample()
+        pipeline.step(sample)
+        pipeline.replay.update_tensordict_priority(sample)
+        found.append(torch.as_tensor(pipeline.replay.sampler._sum_tree[sample["index"]]).mean().item())
+    assert found[1] / found[0] == pytest.approx(100**exponent, rel=0.01)
 
 
 @each
