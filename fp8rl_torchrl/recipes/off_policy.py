@@ -152,11 +152,10 @@ class OffPolicyConfig(ReplayConfig):
 
     def learned_from(self, loss: Any) -> dict[str, Any]:
         """What a pipeline needs to know of transitions over several steps, and without a buffer: its options."""
-        if self.n_step == 1:
-            return {} if self.replay_size else {"prepare": _flat}
-        keys: Sequence[Any] = [*loss.in_keys, "steps_to_next_obs"]
-        return {"prepare": lambda rollout: n_step(rollout, self.n_step, self.gamma), "keys": keys}
+        keys: Sequence[Any] = loss.in_keys if self.n_step == 1 else [*loss.in_keys, "steps_to_next_obs"]
+        return {"prepare": self._transitions, "keys": keys}
 
-
-def _flat(rollout: TensorDictBase) -> TensorDictBase:
-    return rollout.reshape(-1)
+    def _transitions(self, rollout: TensorDictBase) -> TensorDictBase:
+        if self.n_step > 1:
+            rollout = n_step(rollout, self.n_step, self.gamma)
+        return rollout.reshape(-1)

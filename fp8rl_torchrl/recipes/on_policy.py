@@ -9,7 +9,7 @@ from torchrl.envs import EnvBase
 
 from fp8rl_torchrl.recipes.config import RecipeConfig
 
-Config = TypeVar("Config", bound="OnPolicyConfig")
+Config = TypeVar("Config", bound="FreshConfig")
 
 
 @dataclass(frozen=True, kw_only=True)

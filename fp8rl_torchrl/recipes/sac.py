@@ -74,7 +74,7 @@ def build_sac(config: SACConfig) -> Pipeline:
     config = config.resolved()
     activation, normalize = ACTIVATIONS[config.activation], config.normalize_observation
     parts = make_parts(config, lambda env: ActorQ.for_env(env, config.hidden, activation, normalize))
-    action_spec = parts.env.action_spec_unbatched
+    action_spec: Any = parts.env.action_spec_unbatched
     options: dict[str, Any] = {
         "alpha_init": config.alpha,
         "target_entropy": "auto" if config.target_entropy is None else config.target_entropy,

@@ -184,7 +184,7 @@ class Pipeline:
                 self.replay.update_tensordict_priority(batch)  # this buffer waits for the device anyway
             yield losses
             if self.enough is not None and self.enough(losses):
-                if isinstance(getattr(self.replay, "sampler", None), SamplerWithoutReplacement):
+                if self.replay is not None and isinstance(self.replay.sampler, SamplerWithoutReplacement):
                     self.replay.empty()  # what is left of this pass must not be drawn in the next
                 return
 
