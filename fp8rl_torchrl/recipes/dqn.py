@@ -46,7 +46,35 @@ class DQNConfig(OffPolicyConfig):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "CartPole-v1": {**_CONTROL, "total_frames": 40_000, "epsilon_frames": 8000, "target_return": 500.0},
-        "Acrobot-v1": {**_CONTROL, "total_frames": 60_000, "epsilon_frames": 20_000},
+        "Acrobot-v1": {
+            **_CONTROL,
+            "total_frames": 80_000,
+            "hidden": (128, 128),
+            "activation": "relu",
+            "lr": 1e-3,
+            "lr_final": 0.02,
+            "n_step": 4,
+            "epsilon_frames": 20_000,
+            "epsilon_final": 0.01,
+            "target_return": -82.0,
+        },
+        "LunarLander-v3": {
+            **_CONTROL,
+            "total_frames": 200_000,
+            "frames_per_collection": 256,
+            "min_replay": 2000,
+            "replay_size": 100_000,
+            "hidden": (128, 128),
+            "activation": "relu",
+            "lr": 1e-3,
+            "n_step": 4,
+            "target_rate": 0.05,
+            "epsilon_frames": 40_000,
+            "epsilon_final": 0.02,
+            "collector": "torchrl",
+            "eval_every": 10_000,
+            "target_return": 240.0,
+        },
     }
     """Tuned options by task."""
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
