@@ -164,7 +164,7 @@ def test_every_run_is_recorded_with_all_that_it_depends_on(trained, capsys):
     assert {name: first["run"][name] for name in ("recipe", "task", "precision")} == {
         "recipe": "ppo", "task": TASK, "precision": "fp32",
     }  # fmt: skip
-    assert first["run"]["config"]["lr"] == 0.012
+    assert first["run"]["config"]["lr"] == PPOConfig.for_task(TASK).lr
     assert first["run"]["exam"]["final_episodes"] == 100
     assert first["run"]["exam"]["seed"] == 1_000_003
     assert {"return_mean", "return_std", "return_min", "frames", "seconds", "skipped_steps"} <= set(first)

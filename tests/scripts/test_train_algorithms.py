@@ -97,10 +97,37 @@ def test_ppo_starts_from_the_preset_of_the_task(words):
     assert config == PPOConfig.for_task("CartPole-v1", lr=0.5, collector="torchrl")
 
 
+@pytest.mark.parametrize(
+    ("algo", "variant", "expected"),
+    [
+        ("dqn", "guide", {"epsilon_decay": 0.995, "target_update": "episodes", "episodes": 500}),
+        ("actor-critic", "online", {"hidden": (128,), "shared": False, "replay_size": 0}),
+        ("td3", "ddpg", {"critics": 1, "actor_every": 1, "target_noise": 0.0}),
+    ],
+)
+def test_a_variant_takes_the_place_of_the_preset(algo, variant, expected):
+    config, _ = train.parse([f"--algo={algo}", f"--variant={variant}", "--env=CartPole-v1", "--seed=3"])
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert (config.env, config.seed) == ("CartPole-v1", 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--algo=dqn", "--variant=gide"], "there is no variant 'gide' of this recipe; there are: guide"),
+        (["--algo=ppo", "--variant=guide"], "there is no variant 'guide' of this recipe; there are: none"),
+        (["--variant=online", "--resume=runs/x"], "--variant does not go with --resume or --config"),
+    ],
+)
+def test_variants_that_there_are_not_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        train.parse(words)
+
+
 def test_where_there_is_no_preset_the_defaults_hold():
     assert train.parse(["--algo=ppo"])[0] == PPOConfig()
-    assert train.parse(["--algo=ppo", "--env=Acrobot-v1"])[0] == PPOConfig(env="Acrobot-v1")
-    assert train.parse(["--algo=a2c", "--env=CartPole-v1"])[0] == A2CConfig(env="CartPole-v1")
+    assert train.parse(["--algo=ppo", "--env=MountainCar-v0"])[0] == PPOConfig(env="MountainCar-v0")
+    assert train.parse(["--algo=a2c", "--env=Pendulum-v1"])[0] == A2CConfig(env="Pendulum-v1")
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -113,7 +140,7 @@ def test_where_there_is_no_preset_the_defaults_hold():
         (["--algo=ppo", "--batch-size=500"], "batch_size must divide frames_per_collection"),
         (["--algo=ppo", "--env=gymnasium:Acrobot-v1", "--collector=fused"], "Acrobot-v1 has none: use torchrl"),
         (["--algo=a2c", "--device=cpu", "--cudagraph=on"], "cudagraph='on' needs a GPU"),
-        (["--algo=a3c"], "unknown algo 'a3c'; use one of actor-critic, a2c, ppo"),
+        (["--algo=a3c"], "unknown algo 'a3c'; use one of actor-critic, reinforce, a2c, ppo, dqn, sac, td3"),
         (["--algo=a2c", "--collector=banana"], "auto"),
         (["--algo=a2c", "--compile=yes"], "auto"),
         (["--algo=ppo", "--env"], "env"),

@@ -92,9 +92,9 @@ def test_host_reads_are_caught(monkeypatch):
     """Negative twin: a step that asks on the host whether to skip, as `GradScaler.step` does for other optimizers."""
     guarded = OptimStep._apply
 
-    def asking(self):
+    def asking(self, due):
         assert self._finite[next(iter(self._finite))].item()
-        return guarded(self)
+        return guarded(self, due)
 
     monkeypatch.setattr(OptimStep, "_apply", asking)
     with pytest.raises(AssertionError, match="aten::_local_scalar_dense waits for the device"):
