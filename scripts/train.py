@@ -115,7 +115,8 @@ def main(argv: list[str]) -> int:
         run = Run(pipeline, checkpoints, folder, loggers, config, title, progress)
         if options.resume:
             run.resume()
-            folder.extend(config.to_dict())
+            if not pipeline.finished:
+                folder.extend(config.to_dict())
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -137,8 +138,13 @@ def main(argv: list[str]) -> int:
         print(f"stopped at the target return: an evaluation has reached {config.target_return:g}")
     summary = run.summarize(stopped_by)
     print_summary(summary, folder)
+    if not summary["updates"]:
+        learning = "every update was skipped" if summary["skipped_steps"] else f"min_replay is {config.min_replay:,}"
+        print(f"nothing was learned: of {summary['frames']:,} frames no update was made ({learning})")
+    if config.target_return is not None and summary["best_eval_return"] is None:
+        print("the target return was never looked at: no evaluation took place; lower --eval-every")
     if not summary["episodes"]:
-        print(f"no training episode has ended: each of the {config.num_envs} environments was too short a time at work")
+        print(f"no training episode has ended: the frames are spread over {config.num_envs} environments")
     if stopped_by == "signal":
         print(f"stopped early; continue with: python scripts/train.py --resume {folder.path}")
         return 130
@@ -179,6 +185,9 @@ def parse(argv: list[str]) -> tuple[RecipeConfig, Options[Any]]:
         args=argv,
         default=Options(config=default),
     )
+    if _peek(argv, "--episodes") is not None and _peek(argv, "--total-frames") is None:
+        # A budget in episodes takes the place of the preset's, or the saved run's, in frames.
+        parsed = replace(parsed, config=replace(parsed.config, total_frames=None))
     if saved is not None:
         if parsed.run_dir is not None:
             raise ValueError("--run-dir does not go with --resume: a resumed run stays in its folder")

@@ -43,6 +43,8 @@ class Options(Generic[Config]):
     """A recipe's options, what to vary, and where the study goes."""
 
     config: Config
+    variant: str | None = None
+    """Start from a named set of options instead of the preset: online (actor-critic), guide (dqn), ddpg (td3)."""
     space: tuple[str, ...] = ()
     """What to search, one NAME=LOW:HIGH, NAME=log:LOW:HIGH or NAME=A,B,C for each option: lr=log:1e-4:1e-2
     hidden=64,128,64x64."""
@@ -184,7 +186,8 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> Options[Any]:
     """The options; those of the recipe start from its preset for the task."""
     recipe = config_class(_peek(argv, "--algo") or "actor-critic")
-    default = recipe.for_task(_peek(argv, "--env") or "CustomEnv")
+    env, variant = _peek(argv, "--env") or "CustomEnv", _peek(argv, "--variant")
+    default = recipe.for_task(env) if variant is None else recipe.variant(variant, env)
     return tyro.cli(
         tyro.conf.OmitArgPrefixes[Options[recipe]],
         description=__doc__,

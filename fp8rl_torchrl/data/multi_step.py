@@ -19,7 +19,8 @@ def n_step(rollout: TensorDictBase, steps: int, gamma: float) -> TensorDictBase:
     flags those of the first step, so that a value is added after a termination.)
 
     Args:
-        rollout: ``[N, T]`` with ``("next", "reward")`` and ``("next", "done")``, each ``[N, T, 1]``.
+        rollout: ``[N, T]`` (``[T]`` of a single environment, but not flattened) with ``("next", "reward")`` and
+            ``("next", "done")``, each ``[N, T, 1]``.
         steps: How many steps, at least 1.
         gamma: Discount per step.
 
@@ -27,7 +28,7 @@ def n_step(rollout: TensorDictBase, steps: int, gamma: float) -> TensorDictBase:
         A TensorDict ``[N, T]`` with the entries of the rollout and ``steps_to_next_obs`` (int64 ``[N, T, 1]``).
 
     Raises:
-        ValueError: If ``steps`` is below 1.
+        ValueError: If ``steps`` is below 1 or ``gamma`` out of range.
 
     Example:
         >>> from fp8rl_torchrl.envs import CustomEnv
@@ -37,6 +38,8 @@ def n_step(rollout: TensorDictBase, steps: int, gamma: float) -> TensorDictBase:
     """
     if steps < 1:
         raise ValueError(f"steps must be >= 1; got {steps}")
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must lie in [0, 1]; got {gamma}")
     following: Any = rollout["next"]
     reward, done = following["reward"].squeeze(-1), following["done"].squeeze(-1)
     length = reward.shape[-1]

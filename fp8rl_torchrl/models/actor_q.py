@@ -12,7 +12,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import AdditiveGaussianModule, TanhModule, ValueOperator
 
-from fp8rl_torchrl.models.heads import ActorHead, bounds_of, observation_of
+from fp8rl_torchrl.models.heads import ActorHead, bounds_of, in_words, observation_of
 from fp8rl_torchrl.models.networks import Float32Head, mlp_encoder
 from fp8rl_torchrl.models.normalize import Normalize, RunningStatistics
 
@@ -114,7 +114,10 @@ class ActorQ(nn.Module):
         exploration = None
         if noise is not None:
             if bounds is None:
-                raise ValueError(f"a deterministic actor needs a bounded continuous action; this one is {action_spec}")
+                raise ValueError(
+                    f"a deterministic actor needs a bounded continuous action, but it is {in_words(action_spec)}: for "
+                    "a discrete one use dqn, sac or ppo"
+                )
             actor = _deterministic_actor(encoder, hidden[-1], action_spec)
             exploration = AdditiveGaussianModule(action_spec, sigma_init=float(noise), sigma_end=0.0)
             exploration.std = (bounds["high"] - bounds["low"]) / 2

@@ -73,8 +73,8 @@ class ActorHead:
         bounds = bounds_of(action_spec)
         if bounds is None:
             raise ValueError(
-                f"unsupported action space {action_spec}: the actor has a head for a categorical action (one integer) "
-                "and for a bounded continuous vector"
+                f"unsupported action space {in_words(action_spec)}: the actor has a head for a categorical action (one "
+                "integer) and for a bounded continuous vector"
             )
         return cls(
             module=nn.Sequential(Float32Head(num_features, 2 * action_spec.shape[-1], 0.01), NormalParamExtractor()),
@@ -110,3 +110,11 @@ def bounds_of(action_spec: TensorSpec) -> dict[str, torch.Tensor] | None:
     if not all(bound.isfinite().all() for bound in bounds.values()):
         raise ValueError(f"the action space is unbounded ({action_spec}); a tanh-Normal policy needs finite bounds")
     return bounds
+
+
+def in_words(action_spec: TensorSpec) -> str:
+    """An action in a few words, for messages."""
+    kind = "one of several integers" if type(action_spec) is CategoricalSpec else type(action_spec).__name__
+    if isinstance(action_spec, Bounded) and action_spec.dtype.is_floating_point:
+        kind = "bounded and continuous"
+    return f"{kind} of shape {tuple(action_spec.shape)}"

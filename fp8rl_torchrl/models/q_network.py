@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import EGreedyModule, QValueActor
 
-from fp8rl_torchrl.models.heads import observation_of
+from fp8rl_torchrl.models.heads import in_words, observation_of
 from fp8rl_torchrl.models.networks import Float32Head, mlp_encoder
 from fp8rl_torchrl.models.normalize import RunningStatistics
 
@@ -99,8 +99,8 @@ class QNetwork(nn.Module):
         self.statistics = statistics  # before the layers that refer to it
         if type(action_spec) is not CategoricalSpec or action_spec.shape != ():
             raise ValueError(
-                f"a QNetwork has one value for each discrete action, and the action is {action_spec}: for a continuous "
-                "one use sac, td3 or ppo"
+                f"a QNetwork has one value for each discrete action, but the action is {in_words(action_spec)}: for a "
+                "continuous one use sac, td3 or ppo"
             )
         head = (DuelingHead if dueling else Float32Head)(num_features, action_spec.n)
         self.values = QValueActor(nn.Sequential(encoder, head), in_keys=[observation_key], spec=action_spec)

@@ -164,7 +164,7 @@ class RecipeConfig(LoopConfig, RunSchedule):
         """
         if name not in cls.VARIANTS:
             known = ", ".join(cls.VARIANTS) or "none"
-            raise ValueError(f"there is no variant {name!r} of this recipe; there are: {known}")
+            raise ValueError(f"there is no variant {name!r} of {cls.__name__}; there are: {known}")
         return cls(**{"env": env, **cls.VARIANTS[name], **options})
 
     def resolved(self: Config) -> Config:

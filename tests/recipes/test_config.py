@@ -149,7 +149,7 @@ def test_a_variant_is_for_any_task_and_options_win_over_it():
 
 
 def test_an_unknown_variant_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="there is no variant 'banana' of this recipe; there are: wide"):
+    with pytest.raises(ValueError, match=r"there is no variant 'banana' of .*; there are: wide"):
         Tuned.variant("banana", "CustomEnv")
     with pytest.raises(ValueError, match="there are: none"):
         PPOConfig.variant("banana", "CustomEnv")

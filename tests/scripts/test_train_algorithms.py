@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from programs import call, evaluate, refused, train
 
-from fp8rl_torchrl.recipes import A2CConfig, PPOConfig
+from fp8rl_torchrl.recipes import A2CConfig, DQNConfig, PPOConfig
 from fp8rl_torchrl.training.metrics import read_metrics
 from fp8rl_torchrl.training.run_folder import RunFolder
 
@@ -114,8 +114,8 @@ def test_a_variant_takes_the_place_of_the_preset(algo, variant, expected):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--algo=dqn", "--variant=gide"], "there is no variant 'gide' of this recipe; there are: guide"),
-        (["--algo=ppo", "--variant=guide"], "there is no variant 'guide' of this recipe; there are: none"),
+        (["--algo=dqn", "--variant=gide"], "there is no variant 'gide' of DQNConfig; there are: guide"),
+        (["--algo=ppo", "--variant=guide"], "there is no variant 'guide' of PPOConfig; there are: none"),
         (["--variant=online", "--resume=runs/x"], "--variant does not go with --resume or --config"),
     ],
 )
@@ -159,3 +159,24 @@ def test_every_option_of_the_recipe_is_an_option_of_the_script(algo, capsys):
         assert re.search(rf"--{name.replace('_', '-')}[ ,]", text), name
     for name, values in (("collector", "auto,torchrl,fused"), ("compile", "auto,on,off"), ("cudagraph", "auto,on,off")):
         assert f"--{name} {{{values}}}" in text
+
+
+def test_episodes_take_the_place_of_the_presets_frames():
+    assert DQNConfig.for_task("CartPole-v1").total_frames is not None
+    config, _ = train.parse(["--algo=dqn", "--env=CartPole-v1", "--episodes=30"])
+    assert (config.total_frames, config.episodes) == (None, 30)
+    config, _ = train.parse(["--algo=dqn", "--env=CartPole-v1", "--episodes=30", "--total-frames=512"])
+    assert config.total_frames == 512
+
+
+def test_a_run_that_learned_nothing_and_was_never_looked_at_says_so(capsys):
+    options = ("--num-envs=4", "--frames-per-collection=64", "--device=cpu", "--final-eval-episodes=3")
+    assert call(train, "--algo=dqn", "--env=CartPole-v1", *options, "--total-frames=128", "--run-dir=none") == 0
+    output = capsys.readouterr().out
+    assert "nothing was learned: of 128 frames no update was made (min_replay is 1,000)" in output
+    assert "the target return was never looked at" in output
+    assert call(train, "--algo=dqn", "--env=CartPole-v1", *options, "--total-frames=128", "--min-replay=64",
+                "--batch-size=16", "--eval-every=64", "--eval-episodes=2", "--run-dir=some") == 0  # fmt: skip
+    output = capsys.readouterr().out
+    assert "nothing was learned" not in output
+    assert "never looked at" not in output
