@@ -21,15 +21,14 @@ class ActorCriticConfig(ReplayConfig):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "CartPole-v1": {
-            "total_frames": 150_000,
+            "total_frames": 60_000,
             "num_envs": 32,
             "frames_per_collection": 256,
             "updates_per_collection": 12,
             "replay_size": 5000,
             "batch_size": 256,
-            "lr": 2e-3,
             "lr_decay_updates": None,
-            "entropy_coeff": 0.001,
+            "entropy_coeff": 0.01,
             "reward_scale": 0.02,
             "normalize_observation": True,
             "precision": "fp32",
