@@ -103,7 +103,7 @@ def plot(records: Records, path: Path) -> None:
     if not tasks:
         return
     columns = [[row for row in shown if row[1] == task and shown[row]] for task in tasks]
-    widths = [1 + len(each) for each in columns]
+    widths = [max(3, 1 + len(each)) for each in columns]  # room for the longest name of a task
     figure = Figure(figsize=(max(4.0, 0.75 * sum(widths)), 3.8), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False, width_ratios=widths)[0]
     for axes, task, rows in zip(panels, tasks, columns, strict=True):
