@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import sys
@@ -15,9 +14,7 @@ import torch
 import tyro
 
 from fp8rl_torchrl import EvalResult, evaluate
-from fp8rl_torchrl.recipes import build, config_class
-from fp8rl_torchrl.training.checkpoint import best_checkpoint, latest_checkpoint, load_agent
-from fp8rl_torchrl.training.run_folder import RunFolder
+from fp8rl_torchrl.recipes.saved_run import open_run
 from fp8rl_torchrl.training.video import record_video
 
 
@@ -52,21 +49,9 @@ def main(argv: list[str]) -> int:
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     options = tyro.cli(Options, description=__doc__, args=argv)
     try:
-        folder = RunFolder(options.run)
-        saved = folder.read_config()
-        config = config_class(saved.get("algo", "actor-critic")).from_dict(saved)
-        config = dataclasses.replace(config, device=options.device)
-        if options.best and options.checkpoint:
-            raise ValueError("--best and --checkpoint name two policies; leave one out")
-        if options.best:
-            checkpoint = best_checkpoint(folder.best)
-        else:
-            checkpoint = options.checkpoint or latest_checkpoint(folder.checkpoints)
         if options.video and Path(options.video).suffix not in (".gif", ".mp4"):
             raise ValueError(f"--video takes a .gif or .mp4 file; got {options.video}")
-        torch.set_num_threads(config.num_threads)
-        pipeline = build(config)
-        load_agent(pipeline.agent, checkpoint, pipeline.env.device)
+        config, pipeline, checkpoint = open_run(options.run, options.checkpoint, options.best, device=options.device)
         if options.video:
             record_video(pipeline.agent.policy, config.env, options.video, seed=options.seed)
         result = evaluate(pipeline.agent.policy, pipeline.env, options.episodes, seed=options.seed)

@@ -6,7 +6,6 @@ The file maps observations [batch, ...] to deterministic actions. --out policy.p
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import sys
@@ -14,14 +13,11 @@ import warnings
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
-from fp8rl_torchrl.recipes import build, config_class
-from fp8rl_torchrl.training.checkpoint import best_checkpoint, latest_checkpoint, load_agent
+from fp8rl_torchrl.recipes.saved_run import open_run
 from fp8rl_torchrl.training.export import collect_observations, export_policy
 from fp8rl_torchrl.training.policy_file import checked_format
-from fp8rl_torchrl.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +58,9 @@ def main(argv: list[str]) -> int:
     options = tyro.cli(Options, description=__doc__, args=argv)
     try:
         checked_format(options.out, options.format, overwrite=options.overwrite)
-        folder = RunFolder(options.run)
-        saved = folder.read_config()
-        config = config_class(saved.get("algo", "actor-critic")).from_dict(saved)
         # The file is for any machine; what a GPU run was fast with has no bearing on its policy.
-        config = dataclasses.replace(config, device="cpu", compile="off", cudagraph="off", fp8_backend="auto")
-        if options.best and options.checkpoint:
-            raise ValueError("--best and --checkpoint name two policies; leave one out")
-        if options.best:
-            checkpoint = best_checkpoint(folder.best)
-        else:
-            checkpoint = options.checkpoint or latest_checkpoint(folder.checkpoints)
-        torch.set_num_threads(config.num_threads)
-        pipeline = build(config)
-        load_agent(pipeline.agent, checkpoint, "cpu")
+        anywhere = {"device": "cpu", "compile": "off", "cudagraph": "off", "fp8_backend": "auto"}
+        config, pipeline, checkpoint = open_run(options.run, options.checkpoint, options.best, **anywhere)
         policy: Any = pipeline.agent.policy
         observations = collect_observations(policy, pipeline.env, options.episodes, seed=options.seed)
         report = export_policy(

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fp8rl_torchrl.data import CollectorState, restores_exactly
 from fp8rl_torchrl.recipes import RecipeConfig, build, config_class, resolve_precision
+from fp8rl_torchrl.recipes.command_line import peek, starting_config
 from fp8rl_torchrl.training.checkpoint import PipelineCheckpoints, latest_checkpoint
 from fp8rl_torchrl.training.loop import Report
 from fp8rl_torchrl.training.memory import keep_freed_memory
@@ -156,7 +157,7 @@ def parse(argv: list[str]) -> tuple[RecipeConfig, Options[Any]]:
 
     A resumed run starts from its saved configuration, a new one from --config or the recipe's preset for the task.
     """
-    saved, file, variant = (_peek(argv, option) for option in ("--resume", "--config", "--variant"))
+    saved, file, variant = (peek(argv, option) for option in ("--resume", "--config", "--variant"))
     if saved is not None and file is not None:
         raise ValueError("--config does not go with --resume: a resumed run keeps its options")
     if variant is not None and (saved is not None or file is not None):
@@ -164,7 +165,7 @@ def parse(argv: list[str]) -> tuple[RecipeConfig, Options[Any]]:
     if saved is not None:
         options = RunFolder(saved).read_config()
         algo = options.get("algo", "actor-critic")
-        if _peek(argv, "--algo") not in (None, algo):
+        if peek(argv, "--algo") not in (None, algo):
             raise ValueError(_kept(["algo"], saved))
         recipe = config_class(algo)
         default = recipe.from_dict(options)
@@ -172,12 +173,11 @@ def parse(argv: list[str]) -> tuple[RecipeConfig, Options[Any]]:
         default = read_config(file)
         recipe = type(default)
         for name, value in (("algo", default.to_dict().get("algo")), ("env", default.env)):
-            if _peek(argv, f"--{name}") not in (None, value):
+            if peek(argv, f"--{name}") not in (None, value):
                 raise ValueError(f"{file} is a configuration for --{name} {value}: leave out --{name}")
     else:
-        recipe = config_class(_peek(argv, "--algo") or "actor-critic")
-        env = _peek(argv, "--env") or "CustomEnv"
-        default = recipe.for_task(env) if variant is None else recipe.variant(variant, env)
+        recipe = config_class(peek(argv, "--algo") or "actor-critic")
+        default = starting_config(argv)
 
     parsed: Options[Any] = tyro.cli(
         tyro.conf.OmitArgPrefixes[Options[recipe]],
@@ -185,7 +185,7 @@ def parse(argv: list[str]) -> tuple[RecipeConfig, Options[Any]]:
         args=argv,
         default=Options(config=default),
     )
-    if _peek(argv, "--episodes") is not None and _peek(argv, "--total-frames") is None:
+    if peek(argv, "--episodes") is not None and peek(argv, "--total-frames") is None:
         # A budget in episodes takes the place of the preset's, or the saved run's, in frames.
         parsed = replace(parsed, config=replace(parsed.config, total_frames=None))
     if saved is not None:
@@ -230,15 +230,6 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     print()
     for name, value in rows.items():
         print(f"{name:<18} {value}")
-
-
-def _peek(argv: list[str], option: str) -> str | None:
-    """The value of an option, read before the others can be parsed: it decides which others there are."""
-    for place, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name == option:
-            return value if equals else next(iter(argv[place + 1 :]), None)
-    return None
 
 
 def _kept(conflicts: list[str], saved: str) -> str:

@@ -19,7 +19,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from fp8rl_torchrl.recipes import RecipeConfig, build, config_class
+from fp8rl_torchrl.recipes import RecipeConfig, build
+from fp8rl_torchrl.recipes.command_line import starting_config
 from fp8rl_torchrl.recipes.search import SearchSpace, read_options, read_space
 from fp8rl_torchrl.recipes.study import SharedStudy, make_sampler, require_optuna
 from fp8rl_torchrl.recipes.study_plots import plot_history, plot_importance
@@ -185,11 +186,9 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> Options[Any]:
     """The options; those of the recipe start from its preset for the task."""
-    recipe = config_class(_peek(argv, "--algo") or "actor-critic")
-    env, variant = _peek(argv, "--env") or "CustomEnv", _peek(argv, "--variant")
-    default = recipe.for_task(env) if variant is None else recipe.variant(variant, env)
+    default = starting_config(argv)
     return tyro.cli(
-        tyro.conf.OmitArgPrefixes[Options[recipe]],
+        tyro.conf.OmitArgPrefixes[Options[type(default)]],
         description=__doc__,
         args=argv,
         default=Options(config=default),
@@ -310,15 +309,6 @@ def _plain(value: Any) -> Any:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _peek(argv: list[str], option: str) -> str | None:
-    """The value of an option, read before the others can be parsed: it decides which others there are."""
-    for place, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name == option:
-            return value if equals else next(iter(argv[place + 1 :]), None)
-    return None
 
 
 if __name__ == "__main__":

@@ -82,9 +82,9 @@ class RecipeConfig(LoopConfig, RunSchedule):
     lr: float | None = None
     """Learning rate at the start; by default 1e-3, or 1e-4 where a layer is wider than 64."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate falls over lr_decay_updates, by default those of the whole run, ..."""
+    """How the learning rate falls."""
     lr_decay_updates: int | None = None
-    """(see lr_schedule)"""
+    """It falls over this many updates, by default those of the whole run, ..."""
     lr_final: float = 0.05
     """... to this fraction of lr, and stays there."""
     gamma: float = 0.99

@@ -90,7 +90,7 @@ class OffPolicyConfig(ReplayConfig):
     activation: Literal["tanh", "relu"] = "relu"
     """The nonlinearity after each layer."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls over lr_decay_updates, by default those of the whole run, ..."""
+    """How the learning rate falls."""
     max_grad_norm: float | None = 10.0
     """Gradients are clipped to this 2-norm; None does not clip."""
     replay_size: int = 100_000

@@ -64,9 +64,11 @@ def build_reinforce(config: ReinforceConfig) -> Pipeline:
     agent = parts.agent
     returns = ReturnsToGo(agent, gamma=config.gamma, baseline=config.baseline, normalize=config.normalize_advantage)
     loss: Any = ReinforceLoss(agent.policy, agent.value, loss_critic_type="l2")
-    actor = make_optimizer(config, loss.actor_network_params.parameters())
-    critic = make_optimizer(config, loss.critic_network_params.parameters())
     # Without a baseline the critic is not trained: of the sum of both losses, the actor sees its own.
-    step = make_step(config, loss, optimizer={"loss_actor": actor, "loss_value": critic} if config.baseline else actor)
+    optimizer: Any = make_optimizer(config, loss.actor_network_params.parameters())
+    if config.baseline:
+        critic = make_optimizer(config, loss.critic_network_params.parameters())
+        optimizer = {"loss_actor": optimizer, "loss_value": critic}
+    step = make_step(config, loss, optimizer=optimizer)
     keys = [*agent.policy.in_keys, "action", "advantage", "value_target"]
     return make_pipeline(config, parts, loss, step, None, prepare=returns, keys=keys)

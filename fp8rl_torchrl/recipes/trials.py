@@ -128,7 +128,7 @@ def _evaluations(config: RecipeConfig, on_report: Callable[[Report], None]) -> G
         evaluated = 0
         for report in pipeline:
             on_report(report)
-            if not every or report.frames // every == evaluated // every:
+            if not config.evaluates(evaluated, report.frames):
                 continue
             evaluated = report.frames
             mean_return = _mean_return(pipeline, config.eval_episodes)

@@ -49,6 +49,10 @@ class RunSchedule:
             if not self.eval_every:
                 raise ValueError("target_return is compared with periodic evaluations, and eval_every=0 makes none")
 
+    def evaluates(self, before: int, now: int) -> bool:
+        """Whether an evaluation is due after ``now`` environment steps, if the last look was after ``before``."""
+        return self.eval_every > 0 and now // self.eval_every > before // self.eval_every
+
 
 class Run:
     """Trains a pipeline in a run folder until its budget is spent, its target is reached or a signal stops it.
@@ -115,7 +119,7 @@ class Run:
         with _signals_noted() as stop:
             for report in () if self.target_reached else pipeline:
                 eval_return, improved = math.nan, False
-                if schedule.eval_every and report.frames // schedule.eval_every > evaluated_at // schedule.eval_every:
+                if schedule.evaluates(evaluated_at, report.frames):
                     evaluated_at = report.frames
                     eval_return = self.evaluate(schedule.eval_episodes).mean
                     improved = self.best.offer(eval_return, report.frames)

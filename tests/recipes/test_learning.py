@@ -16,8 +16,8 @@ def train_and_evaluate(make_config=ActorCriticConfig, judge=None, **options):
     before = evaluate(pipeline.agent.policy, env, episodes=100)
     looked = 0
     for report in pipeline:
-        if config.target_return is not None and report.frames // config.eval_every > looked:
-            looked = report.frames // config.eval_every
+        if config.target_return is not None and config.evaluates(looked, report.frames):
+            looked = report.frames
             if evaluate(pipeline.agent.policy, pipeline.env, config.eval_episodes).mean >= config.target_return:
                 break
     result = evaluate(pipeline.agent.policy, env, episodes=100)
