@@ -23,14 +23,14 @@ class SACConfig(OffPolicyConfig):
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "CartPole-v1": {
-            "total_frames": 60_000,
+            "total_frames": 40_000,
             "num_envs": 16,
             "frames_per_collection": 128,
-            "updates_per_collection": 8,
+            "updates_per_collection": 32,
             "min_replay": 512,
             "hidden": (64, 64),
             "lr": 2e-3,
-            "target_rate": 0.02,
+            "target_rate": 0.1,
             "alpha": 0.02,
             "reward_scale": 0.02,
             "precision": "fp32",
