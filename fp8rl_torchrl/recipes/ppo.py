@@ -79,6 +79,18 @@ class PPOConfig(OnPolicyConfig):
             "collector": "fused",
             "eval_every": 50_000,
         },
+        "LunarLander-v3": {
+            "num_envs": 32,
+            "epochs": 6,
+            "lr": 2e-3,
+            "gamma": 0.995,
+            "lmbda": 0.97,
+            "entropy_coeff": 0.005,
+            "reward_scale": 0.02,
+            "normalize_observation": True,
+            "precision": "fp32",
+            "eval_every": 50_000,
+        },
     }
     """Tuned options by task."""
 

@@ -61,8 +61,7 @@ def test_a2c_solves_custom_env(precision, collector, seed):
 @pytest.mark.parametrize(
     ("algo", "task", "threshold"),
     [
-        # Discrete sac is missing: its preset does not get there yet, as the record says.
-        *((algo, "CartPole-v1", 475.0) for algo in ("reinforce", "a2c", "ppo", "dqn", "actor-critic")),
+        *((algo, "CartPole-v1", 475.0) for algo in ("reinforce", "a2c", "ppo", "dqn", "actor-critic", "sac")),
         *((algo, "Acrobot-v1", -100.0) for algo in ("ppo", "dqn")),
         ("ppo", "Pendulum-v1", -250.0),
         *((algo, "Pendulum-v1", -180.0) for algo in ("sac", "td3")),
