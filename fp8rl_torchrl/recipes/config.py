@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import functools
 import math
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import torch
 from torchrl.envs import EnvBase
@@ -14,16 +14,14 @@ from torchrl.envs import EnvBase
 from fp8rl_torchrl.envs.gym import is_native, make
 from fp8rl_torchrl.precision.mode import Precision
 from fp8rl_torchrl.recipes.choices import choose
+from fp8rl_torchrl.recipes.option_types import check_value
 from fp8rl_torchrl.training.loop import LoopConfig
 from fp8rl_torchrl.training.run import RunSchedule
 
 Config = TypeVar("Config", bound="RecipeConfig")
 
 
-@functools.cache
-def _choices_of(config: type) -> dict[str, tuple[str, ...]]:
-    """The values that each option of a few may have; nothing else checks what a file or a script says."""
-    return {name: get_args(hint) for name, hint in get_type_hints(config).items() if get_origin(hint) is Literal}
+_kinds_of = functools.cache(get_type_hints)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,9 +100,7 @@ class RecipeConfig(LoopConfig, RunSchedule):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run, before anything is built."""
-        for name, known in _choices_of(type(self)).items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        self._check_types()
         LoopConfig.__post_init__(self)
         RunSchedule.__post_init__(self)
         if self.collector == "fused" and not is_native(self.env):
@@ -139,6 +135,11 @@ class RecipeConfig(LoopConfig, RunSchedule):
                 raise ValueError(f"{name} must lie in [0, 1]; got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32); got {self.seed}")
+
+    def _check_types(self) -> None:
+        """Refuse values of another type than their option's, which a file or a script may well hold."""
+        for field in dataclasses.fields(self):
+            check_value(field.name, _kinds_of(type(self))[field.name], getattr(self, field.name))
 
     @classmethod
     def for_task(cls: type[Config], env: str, **options: Any) -> Config:
@@ -263,7 +264,4 @@ class RecipeConfig(LoopConfig, RunSchedule):
         if unknown := sorted(set(options) - known):
             raise ValueError(f"unknown options {', '.join(unknown)}; this version knows {', '.join(sorted(known))}")
         values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"an option has a value of the wrong kind: {error}") from error
+        return cls(**values)

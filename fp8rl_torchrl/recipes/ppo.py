@@ -118,6 +118,7 @@ class PPOConfig(OnPolicyConfig):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
+        self._check_types()
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import math
-import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from fp8rl_torchrl.recipes.config import RecipeConfig
+from fp8rl_torchrl.recipes.option_types import alternatives, read_value
 
 FIXED = {
     "algo": "it decides which options there are: name it by --algo",
@@ -206,7 +205,7 @@ def read_options(config: RecipeConfig, specs: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: If a text cannot be read, or names no option of the recipe.
     """
-    return {name: _read_value(name, _kind(config, name), text) for name, text in _split(specs)}
+    return {name: read_value(name, _kind(config, name), text) for name, text in _split(specs)}
 
 
 def _split(specs: Iterable[str]) -> list[tuple[str, str]]:
@@ -235,9 +234,9 @@ def _kind(config: RecipeConfig, name: str) -> Any:
 
 
 def _read_dimension(name: str, kind: Any, text: str) -> Choices | Range:
-    numbers = {int, float} & set(_alternatives(kind))
+    numbers = {int, float} & set(alternatives(kind))
     if ":" not in text or not numbers:
-        values = tuple(_read_value(name, kind, each) for each in text.split(","))
+        values = tuple(read_value(name, kind, each) for each in text.split(","))
         if repeated := [value for value in values if values.count(value) > 1]:
             raise ValueError(f"{name} names {_label(repeated[0])} twice")
         return Choices(name, values)
@@ -245,49 +244,12 @@ def _read_dimension(name: str, kind: Any, text: str) -> Choices | Range:
     if scale not in ([], ["log"]):
         raise ValueError(f"{name}={text} is no range: write LOW:HIGH or log:LOW:HIGH")
     number = float if float in numbers else int
-    low, high = (_read_value(name, number, each) for each in (low_text, high_text))
+    low, high = (read_value(name, number, each) for each in (low_text, high_text))
     if not low < high:
         raise ValueError(f"{name}={text} is no range: {low} is not below {high}")
     if scale and low <= 0:
         raise ValueError(f"{name}={text} is no range of orders of magnitude: it must start above 0")
     return Range(name, low, high, bool(scale))
-
-
-def _read_value(name: str, kind: Any, text: str) -> Any:
-    alternatives = _alternatives(kind)
-    if type(None) in alternatives and text.lower() == "none":
-        return None
-    for each in alternatives:
-        if typing.get_origin(each) is Literal:
-            if text in typing.get_args(each):
-                return text
-        elif each is bool:
-            if text.lower() in ("true", "false"):
-                return text.lower() == "true"
-        elif each is str:
-            return text
-        elif each in (int, float) or typing.get_origin(each) is tuple:
-            try:
-                value = each(text) if each in (int, float) else tuple(int(width) for width in text.split("x"))
-            except ValueError:
-                continue
-            if not isinstance(value, float) or math.isfinite(value):
-                return value
-    raise ValueError(f"{name} takes {' or '.join(map(_in_words, alternatives))}; got {text!r}")
-
-
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    return typing.get_args(kind) if union else (kind,)
-
-
-def _in_words(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    if typing.get_origin(kind) is tuple:
-        return "widths of layers, such as 64 or 64x64"
-    words = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", type(None): "none"}
-    return words.get(kind, "no values that can be searched")
 
 
 def _label(value: Any) -> Any:

@@ -165,14 +165,19 @@ def _load(checkpoint: Checkpoint, path: Path, **options: Any) -> None:
 
 
 def latest_checkpoint(directory: str | Path) -> Path:
-    """The newest complete checkpoint in a directory.
+    """The newest checkpoint in a directory.
 
     Raises:
-        CheckpointError: If there is none.
+        CheckpointError: If there is none, or it is damaged.
     """
-    latest = CheckpointRotation(directory, keep_last=KEEP).latest()
-    if latest is None:
+    rotation = CheckpointRotation(directory, keep_last=KEEP)
+    # The rotation passes over what is damaged; names are padded, so the newest comes last.
+    latest, newest = rotation.latest(), max(rotation.directory.glob("checkpoint-*"), default=None)
+    if newest is None:
         raise CheckpointError(f"there is no checkpoint in {directory}")
+    if latest is None or latest != newest:
+        older = "there is no older one" if latest is None else f"remove it to go on from {latest.name}"
+        raise CheckpointError(f"{newest}, the newest checkpoint, is damaged: its manifest cannot be read; {older}")
     return latest
 
 

@@ -58,7 +58,7 @@ def test_a_buffer_that_cannot_be_is_refused(recipe, options, message):
         ({"priority_exponent": -0.1}, r"priority_exponent must lie in \[0, 1\]; got -0.1"),
         ({"importance_exponent": 1.1}, r"importance_exponent must lie in \[0, 1\]; got 1.1"),
         ({"prioritized": True, "replay_size": 0}, "prioritized needs a replay buffer: give replay_size"),
-        ({"target_update": "banana"}, "target_update must be one of soft, hard"),
+        ({"target_update": "banana"}, "target_update takes one of soft, hard"),
     ],
 )
 def test_what_cannot_be_run_is_refused(recipe, options, message):

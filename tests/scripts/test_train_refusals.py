@@ -80,7 +80,7 @@ def no_checkpoints():
 def no_manifest():
     for path in Path("run/checkpoints").glob("*/manifest.json"):
         path.unlink()
-    return "there is no checkpoint in run/checkpoints"
+    return "the newest checkpoint, is damaged: its manifest cannot be read"
 
 
 def torn_checkpoint():
@@ -113,7 +113,7 @@ DAMAGES = {
         '"actor-critic"', '"alchemy"', "unknown algo 'alchemy'; use one of actor-critic"
     ),
     "other option": edited_configuration('"lr":', '"learning_rate":', "unknown options learning_rate"),
-    "other kind": edited_configuration('"num_envs": 4', '"num_envs": "4"', "an option has a value of the wrong kind"),
+    "other kind": edited_configuration('"num_envs": 4', '"num_envs": "4"', "takes an integer"),
     "other network": edited_configuration('"shared": true', '"shared": false', "does not fit this run"),
 }
 

@@ -271,7 +271,6 @@ def test_folders_that_are_no_checkpoints_are_ignored(tmp_path):
     pipeline = build(CONFIG)
     advance(pipeline, 1)
     checkpoints_of(pipeline, tmp_path).save(64)
-    (tmp_path / "checkpoint-000000000999").mkdir()  # no manifest
     (tmp_path / "notes").mkdir()
     assert latest_checkpoint(tmp_path).name == "checkpoint-000000000064"
     checkpoints_of(pipeline, tmp_path).load_latest()
@@ -313,6 +312,23 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(component, damage, tmp_p
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if damage == "truncated" else b"")
     with pytest.raises(CheckpointError, match=r"checkpoint-000000000192 does not fit"):
         checkpoints_of(build(CONFIG), tmp_path).load_latest()
+
+
+def test_a_damaged_newest_checkpoint_is_not_passed_over(tmp_path):
+    pipeline = build(CONFIG)
+    checkpoints = checkpoints_of(pipeline, tmp_path)
+    older, newest = (checkpoints.save(advance(pipeline, 1).frames) for _ in range(2))
+    assert latest_checkpoint(tmp_path) == newest
+    manifest = next(newest.glob("*manifest*"))
+    manifest.write_text("{")
+    with pytest.raises(CheckpointError, match=rf"{newest.name}, the newest .*damaged.*remove it .*{older.name}"):
+        checkpoints_of(build(CONFIG), tmp_path).load_latest()
+    shutil.rmtree(newest)
+    checkpoints_of(build(CONFIG), tmp_path).load_latest()
+    shutil.rmtree(older)
+    newest.mkdir()
+    with pytest.raises(CheckpointError, match="there is no older one"):
+        latest_checkpoint(tmp_path)
 
 
 def test_a_gymnasium_environment_resumes_at_fresh_episodes(tmp_path):
