@@ -79,8 +79,8 @@ class Options(Generic[Config]):
 class Progress:
     """A progress bar over the trials of the study, and a line for each that ends here."""
 
-    def __init__(self, shared: SharedStudy, space: SearchSpace, total: int, seeds: int) -> None:
-        self.shared, self.seeds = shared, seeds
+    def __init__(self, shared: SharedStudy, space: SearchSpace, total: int, seeds: int, target: float | None) -> None:
+        self.shared, self.seeds, self.target = shared, seeds, target
         self.names = [each.name for each in space.dimensions]
         self.bar = tqdm(total=total, unit=" trials", dynamic_ncols=True)
         self.show("")
@@ -106,11 +106,13 @@ class Progress:
 
     def row(self, trial: FrozenTrial) -> str:
         """A trial in one line."""
-        refused = trial.user_attrs.get("refused")
+        refused, returns = trial.user_attrs.get("refused"), trial.user_attrs.get("returns", ())
+        missed = 0 if self.target is None else sum(each < self.target for each in returns)
+        note = refused or (f"{missed} of {len(returns)} seeds missed the target" if missed else "")
         state = "refused" if refused else {"COMPLETE": "complete", "PRUNED": "pruned"}[trial.state.name]
         value = f"{trial.value:.6g}" if trial.value is not None else ""
         options = "  ".join(f"{name}={_short(trial.params[name])}" for name in self.names if name in trial.params)
-        return f"{trial.number:>5}  {state:<8}  {value:>10}  {options}" + (f"  ({refused})" if refused else "")
+        return f"{trial.number:>5}  {state:<8}  {value:>10}  {options}" + (f"  ({note})" if note else "")
 
 
 def main(argv: list[str]) -> int:
@@ -160,7 +162,7 @@ def main(argv: list[str]) -> int:
         write_best(out / "best.json", shared, config, space)
 
     print(f"study {name} in {out}: {total} trials of {seeds} seeds, {MEASURES[objective]}")
-    progress = Progress(shared, space, total, seeds)
+    progress = Progress(shared, space, total, seeds, config.target_return if objective == "frames" else None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         shared.work(run, total, end, lambda running: progress.show(f"; other processes run {running}"))

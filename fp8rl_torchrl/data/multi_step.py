@@ -19,8 +19,8 @@ def n_step(rollout: TensorDictBase, steps: int, gamma: float) -> TensorDictBase:
     flags those of the first step, so that a value is added after a termination.)
 
     Args:
-        rollout: ``[N, T]`` (``[T]`` of a single environment, but not flattened) with ``("next", "reward")`` and
-            ``("next", "done")``, each ``[N, T, 1]``.
+        rollout: ``[N, T]``, or ``[T]`` of a single environment with its dimension named "time" as TorchRL does. It
+            holds ``("next", "reward")`` and ``("next", "done")``, each ``[N, T, 1]``.
         steps: How many steps, at least 1.
         gamma: Discount per step.
 
@@ -28,7 +28,8 @@ def n_step(rollout: TensorDictBase, steps: int, gamma: float) -> TensorDictBase:
         A TensorDict ``[N, T]`` with the entries of the rollout and ``steps_to_next_obs`` (int64 ``[N, T, 1]``).
 
     Raises:
-        ValueError: If ``steps`` is below 1 or ``gamma`` out of range.
+        ValueError: If ``steps`` is below 1, ``gamma`` out of range, or the rollout is flattened: rewards would
+            then be summed across environments.
 
     Example:
         >>> from fp8rl_torchrl.envs import CustomEnv
@@ -40,6 +41,11 @@ def n_step(rollout: TensorDictBase, steps: int, gamma: float) -> TensorDictBase:
         raise ValueError(f"steps must be >= 1; got {steps}")
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must lie in [0, 1]; got {gamma}")
+    if rollout.batch_dims == 1 and rollout.names[0] != "time":
+        raise ValueError(
+            f"n_step needs a rollout [N, T] as it was collected, but this one is flat ({rollout.batch_size[0]} steps): "
+            'call it before reshape; a rollout of a single environment has names=["time"]'
+        )
     following: Any = rollout["next"]
     reward, done = following["reward"].squeeze(-1), following["done"].squeeze(-1)
     length = reward.shape[-1]

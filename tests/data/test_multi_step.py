@@ -102,8 +102,18 @@ def test_one_step_changes_nothing():
 def test_a_rollout_of_one_environment():
     data = by_hand()
     for row in range(2):
-        one, whole = n_step(data[row], 3, 0.5), n_step(data, 3, 0.5)[row]
+        one, whole = n_step(data[row].refine_names("time"), 3, 0.5), n_step(data, 3, 0.5)[row]
         assert all(torch.equal(one[key], whole[key]) for key in whole.keys(True, True))
+
+
+def test_a_flattened_rollout_is_refused():
+    collector = FusedCollector(CartPoleEnv(4, seed=0), frames_per_batch=16, compile=False)
+    data = next(iter(collector))
+    for flat in (data.reshape(-1), by_hand().flatten()):
+        with pytest.raises(
+            ValueError, match=r"needs a rollout \[N, T\].* flat \(1[06] steps\): call it before reshape"
+        ):
+            n_step(flat, 3, 0.5)
 
 
 @pytest.mark.parametrize("steps", [0, -1])
@@ -172,6 +182,7 @@ def test_any_rollout_equals_a_loop(rows, steps, gamma):
 
 
 def test_a_collection():
+    torch.manual_seed(0)
     collector = FusedCollector(CartPoleEnv(4, seed=0), frames_per_batch=4 * 60, compile=False)  # time-major in memory
     data = next(iter(collector))
     assert data["next", "done"].any(1).all()

@@ -361,7 +361,7 @@ def test_one_step_is_the_plain_recipe():
     """n_step=1 adds nothing to a collection, and saying so would change nothing."""
     plain, said = finish(build(SMALL)), build(SMALL)
     before = said.prepare
-    said.prepare = lambda rollout: n_step(before(rollout), 1, SMALL.gamma)
+    said.prepare = lambda rollout: before(n_step(rollout, 1, SMALL.gamma))
     said.keys = [*said.loss.in_keys, "steps_to_next_obs"]
     assert finish(said) == plain
     assert finish(build(small(n_step=2))) != plain

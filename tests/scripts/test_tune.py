@@ -85,6 +85,12 @@ def test_frames_to_a_target_are_minimised():
     assert written["config"]["target_return"] == 0.01
 
 
+def test_a_trial_that_misses_the_target_says_so(capsys):
+    argv = ("--objective=frames", "--target-return=1e9", "--space", "lr=1e-3,1e-2", "--trials=1", "--seeds=2")
+    assert call(tune, *SEARCH, *argv) == 0
+    assert re.search(r"complete .* lr=\S+  \(2 of 2 seeds missed the target\)", capsys.readouterr().out)
+
+
 def test_a_combination_that_the_recipe_refuses_is_passed_over(capsys):
     # 64 frames cannot be divided among 6 environments, but 96 can.
     space = ("--space", "num-envs=4,6", "frames-per-collection=64,96")
