@@ -6,6 +6,7 @@ recipe's own options are as in train.py: what is not searched keeps their values
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import signal
@@ -128,7 +129,7 @@ def main(argv: list[str]) -> int:
         config, seeds, objective = options.config, options.seeds, options.objective
         space = read_space(config, options.space)
         first = space.encode(read_options(config, options.start))
-        sampler = make_sampler(options.sampler, space, options.sampler_seed)
+        sampler = functools.partial(make_sampler, options.sampler, space, options.sampler_seed)
         total = count_trials(options, space)
         check_objective(objective, config)
         torch.set_num_threads(config.num_threads)

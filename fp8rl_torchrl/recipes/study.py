@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import numpy as np
+
 from fp8rl_torchrl.recipes.search import SearchSpace
 
 if TYPE_CHECKING:
@@ -42,7 +44,9 @@ def require_optuna() -> None:
         raise StudyError('Optuna is not installed; run: pip install "fp8rl_torchrl[tune]"')
 
 
-def make_sampler(name: SamplerName, space: SearchSpace, seed: int | None = None) -> optuna.samplers.BaseSampler:
+def make_sampler(
+    name: SamplerName, space: SearchSpace, seed: int | None = None, begun: int = 0
+) -> optuna.samplers.BaseSampler:
     """What chooses the parameters of the next trial.
 
     Args:
@@ -50,12 +54,15 @@ def make_sampler(name: SamplerName, space: SearchSpace, seed: int | None = None)
             every combination of choices once.
         space: What is searched.
         seed: Seed of the random choices; processes that share a study need different ones, so None draws one.
+        begun: Trials that the study has already: going on with it does not draw again what was drawn at its start.
 
     Raises:
         ValueError: If the space has no grid.
     """
     from optuna import samplers
 
+    if seed is not None:
+        seed = int(np.random.SeedSequence([seed, begun]).generate_state(1)[0])
     if name == "grid":
         return samplers.GridSampler(space.grid(), seed=seed)
     if name == "random":
@@ -77,7 +84,7 @@ class SharedStudy:
         description: What decides the value of a trial, as JSON-compatible values: only trials of the same description
             can be compared.
         minimize: Whether less is better.
-        sampler: Chooses parameters (see `make_sampler`).
+        sampler: Makes what chooses parameters (see `make_sampler`), given the number of trials that there are already.
         prune_after: A trial is given up at a step from this one on, if its best estimate so far is worse than the
             median of what at least five finished trials had at the same step. None gives up none.
         first: Parameters of the first trial of a new study; empty leaves them to the sampler.
@@ -97,7 +104,7 @@ class SharedStudy:
         description: Mapping[str, Any],
         *,
         minimize: bool,
-        sampler: optuna.samplers.BaseSampler,
+        sampler: Callable[[int], optuna.samplers.BaseSampler],
         prune_after: int | None,
         first: Mapping[str, Any],
         heartbeat: int = 10,
@@ -110,7 +117,7 @@ class SharedStudy:
         pruner = optuna.pruners.NopPruner()
         if prune_after is not None:
             pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=prune_after)
-        parts: dict[str, Any] = {"storage": self._storage, "sampler": sampler, "pruner": pruner}
+        parts: dict[str, Any] = {"storage": self._storage, "pruner": pruner}
         with quiet():
             try:
                 direction = "minimize" if minimize else "maximize"
@@ -119,6 +126,7 @@ class SharedStudy:
             except optuna.exceptions.DuplicatedStudyError:
                 self.study = optuna.load_study(study_name=name, **parts)
                 created = False
+        self.study.sampler = sampler(len(self.study.get_trials(deepcopy=False)))
         self._agree(dict(description), dict(first), created)
 
     def _agree(self, description: dict[str, Any], first: dict[str, Any], created: bool) -> None:

@@ -1,5 +1,6 @@
 """Shared studies in one process: how many trials, which ones, which are given up, and what is refused."""
 
+import functools
 import math
 from collections import Counter
 
@@ -10,6 +11,8 @@ from studies import SPACE, distance, open_study, states
 from fp8rl_torchrl.recipes import ActorCriticConfig
 from fp8rl_torchrl.recipes.search import read_space
 from fp8rl_torchrl.recipes.study import SharedStudy, StudyError, make_sampler, require_optuna
+
+RANDOM = functools.partial(make_sampler, "random", SPACE)
 
 
 def test_a_study_has_its_number_of_trials_and_goes_on_from_there(tmp_path):
@@ -117,12 +120,26 @@ def test_no_number_is_no_value(tmp_path):
     assert states(shared) == {"FAIL": 1}
 
 
+def test_a_study_that_goes_on_does_not_draw_again_what_it_drew(tmp_path):
+    begun = open_study(tmp_path, seed=0)
+    begun.work(distance, 3)
+    open_study(tmp_path, seed=0).work(distance, 6)
+    drawn = [trial.params["lr"] for trial in begun.study.get_trials()]
+    assert len(set(drawn)) == len(drawn) == 6
+    # From its beginning, it is repeated by the seed.
+    again = open_study(tmp_path, name="again", seed=0)
+    again.work(distance, 3)
+    assert [trial.params["lr"] for trial in again.study.trials] == drawn[:3]
+    other = open_study(tmp_path, name="other", seed=1)
+    other.work(distance, 3)
+    assert not set(drawn) & {trial.params["lr"] for trial in other.study.trials}
+
+
 # --- what is refused ---
 
 
 def test_a_study_of_another_search_is_refused(tmp_path):
-    sampler = make_sampler("random", SPACE)
-    options = {"minimize": True, "sampler": sampler, "prune_after": None, "first": {}}
+    options = {"minimize": True, "sampler": RANDOM, "prune_after": None, "first": {}}
     url = f"sqlite:///{tmp_path}/study.db"
     SharedStudy(url, "study", {"seeds": 3, "space": {"lr": [1]}}, **options)
     SharedStudy(url, "study", {"seeds": 3, "space": {"lr": [1]}}, **options)
@@ -140,7 +157,7 @@ def test_a_study_of_another_search_is_refused(tmp_path):
     ],
 )
 def test_a_database_that_cannot_be_opened_is_told(url, message):
-    options = {"minimize": True, "sampler": make_sampler("random", SPACE), "prune_after": None, "first": {}}
+    options = {"minimize": True, "sampler": RANDOM, "prune_after": None, "first": {}}
     with pytest.raises(StudyError) as caught:
         SharedStudy(url, "study", {}, **options)
     assert message in str(caught.value)
@@ -148,7 +165,7 @@ def test_a_database_that_cannot_be_opened_is_told(url, message):
 
 
 def test_a_password_is_not_shown():
-    options = {"minimize": True, "sampler": make_sampler("random", SPACE), "prune_after": None, "first": {}}
+    options = {"minimize": True, "sampler": RANDOM, "prune_after": None, "first": {}}
     with pytest.raises(StudyError) as caught:
         SharedStudy("nosuchbase://me:secret@host/db", "study", {}, **options)
     assert "secret" not in str(caught.value)
