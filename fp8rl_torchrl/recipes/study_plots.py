@@ -41,7 +41,7 @@ def plot_history(study: optuna.Study, measure: str, path: str | Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best")
+        figure.legend(loc="outside lower center", ncols=3)  # within the axes it would hide trials
     figure.savefig(path)
 
 
