@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import nn
 from torchrl.collectors import BaseCollector
 from torchrl.data import TensorDictPrioritizedReplayBuffer, TensorDictReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
@@ -91,6 +92,21 @@ class Agent(Protocol):
         ...
 
 
+def _refuse_strangers(agent: Agent, loss: LossModule, step: OptimStep) -> None:
+    if step.loss is not loss:
+        raise ValueError("the step updates another loss than the pipeline's: make it OptimStep(loss, ...) of this loss")
+    if isinstance(agent, nn.Module):
+        groups = [group for optimizer in step.optimizers.values() for group in optimizer.param_groups]
+        stepped = [parameter for group in groups for parameter in group["params"]]
+        # By memory: the agent's parameters may be views of a flat one.
+        own, trained = ({p.untyped_storage().data_ptr() for p in each} for each in (agent.parameters(), stepped))
+        if own and own.isdisjoint(trained):
+            raise ValueError(
+                "no optimizer steps a parameter of the agent, so training would not change its policy: build the loss "
+                "on this agent's modules, after the agent was moved to its device, and the optimizer on the loss's"
+            )
+
+
 class Pipeline:
     """The parts of a training run; iterating it trains and yields one `Report` per collection.
 
@@ -110,6 +126,10 @@ class Pipeline:
             of the agent or the loss, which checkpoints hold.
         enough: Asked after each update, with what the step returned, whether this collection's updates end early.
         keys: The entries of a collection that are learned from; by default the loss's ``in_keys``.
+
+    Raises:
+        ValueError: If the step updates another loss, or other networks than the agent's: training would then leave the
+            policy as it is.
 
     Attributes:
         frames: Environment steps so far.
@@ -132,6 +152,7 @@ class Pipeline:
         enough: Callable[[TensorDict], bool] | None = None,
         keys: Sequence[Any] | None = None,
     ) -> None:
+        _refuse_strangers(agent, loss, step)
         self.env, self.agent, self.collector, self.replay = env, agent, collector, replay
         self.loss, self.step, self.config = loss, step, config
         self.conversion, self.prepare, self.keys = conversion, prepare, keys

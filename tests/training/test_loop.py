@@ -50,13 +50,15 @@ class FakeStep:
 
 
 def pipeline_of(collections, step=None, **config):
+    step = step or FakeStep()
+    step.loss = types.SimpleNamespace(in_keys=["observation"])
     return Pipeline(
         env=None,
         agent=None,
         collector=collections,
         replay=TensorDictReplayBuffer(storage=LazyTensorStorage(100), batch_size=2),
-        loss=types.SimpleNamespace(in_keys=["observation"]),
-        step=step or FakeStep(),
+        loss=step.loss,
+        step=step,
         config=LoopConfig(**{"min_replay": 1, "updates_per_collection": 2, **config}),
     )
 
@@ -250,3 +252,16 @@ def test_reports_and_configurations_cannot_be_changed():
     report = next(iter(pipeline_of([rollout([1.0], [1])], episodes=1)))
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.frames = 3
+
+
+def test_parts_that_do_not_belong_together_are_refused():
+    def parts(config):
+        pipeline = build(config)
+        return [getattr(pipeline, name) for name in ("env", "agent", "collector", "replay", "loss", "step", "config")]
+
+    mine, other = parts(CONFIG), parts(dataclasses.replace(CONFIG, seed=1))
+    with pytest.raises(ValueError, match="the step updates another loss than the pipeline's"):
+        Pipeline(*mine[:5], other[5], CONFIG)
+    with pytest.raises(ValueError, match="no optimizer steps a parameter of the agent"):
+        Pipeline(mine[0], other[1], *mine[2:])
+    Pipeline(*mine)  # whose optimizer steps one flat parameter, of which the agent's are views

@@ -43,12 +43,13 @@ def numbered(collections, frames=8, ends=0):
 
 
 def pipeline_of(step, replay, *, collections=3, config=None, in_keys=("observation",), **hooks):
+    step.loss = types.SimpleNamespace(in_keys=list(in_keys))
     return Pipeline(
         env=None,
         agent=None,
         collector=numbered(collections, ends=1),
         replay=replay,
-        loss=types.SimpleNamespace(in_keys=list(in_keys)),
+        loss=step.loss,
         step=step,
         config=LoopConfig(
             **{"min_replay": 1, "updates_per_collection": 2, "total_frames": 8 * collections, **(config or {})}

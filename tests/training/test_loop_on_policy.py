@@ -44,14 +44,15 @@ class Recording:
 
 def pipeline_of(collections, replay=None, prepare=None, in_keys=("observation",), step=None, **config):
     config = {"min_replay": 1, "updates_per_collection": 1, "total_frames": 6 * len(collections), **config}
-    loss = types.SimpleNamespace(in_keys=list(in_keys))
+    step = step or Recording()
+    step.loss = types.SimpleNamespace(in_keys=list(in_keys))
     return Pipeline(
         None,
         None,
         collections,
         replay,
-        loss,
-        step or Recording(),
+        step.loss,
+        step,
         LoopConfig(**config),
         prepare=prepare,
     )
