@@ -81,6 +81,8 @@ def _in_words(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
+        if str in typing.get_args(kind):
+            return "a tuple of texts"
         return "widths of layers, such as (64, 64), or 64x64 as text"
     words = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", type(None): "none"}
     return words[kind]

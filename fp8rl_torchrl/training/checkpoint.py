@@ -185,11 +185,10 @@ def best_checkpoint(directory: str | Path) -> Path:
     """The best policy that `BestPolicy` has kept in a directory.
 
     Raises:
-        CheckpointError: If there is none.
+        CheckpointError: If there is none, or it is damaged.
     """
-    try:
-        return latest_checkpoint(directory)
-    except CheckpointError:
+    if not any(Path(directory).glob("checkpoint-*")):
         raise CheckpointError(
             f"there is no best policy in {directory}: one is kept at the first periodic evaluation (eval_every)"
-        ) from None
+        )
+    return latest_checkpoint(directory)

@@ -32,6 +32,7 @@ def test_numbers_of_every_kind_are_taken(options):
         (PPOConfig, {"hidden": 64}, "hidden takes widths of layers, such as .64, 64., or 64x64 as text; got 64"),
         (PPOConfig, {"hidden": (64, 32.0)}, "hidden takes widths of layers"),
         (PPOConfig, {"shared": 1}, "shared takes true or false; got 1"),
+        (PPOConfig, {"fp8_skip": "encoder"}, "fp8_skip takes a tuple of texts; got 'encoder'"),
         (DQNConfig, {"env": 3}, "env takes text; got 3"),
         (DQNConfig, {"loss": "l3"}, "loss takes one of l2, smooth_l1; got 'l3'"),
     ],

@@ -13,7 +13,7 @@ from torchrl.checkpoint import Checkpoint, GlobalRNGState
 
 from fp8rl_torchrl.data import CollectorState
 from fp8rl_torchrl.recipes import ActorCriticConfig, DQNConfig, build
-from fp8rl_torchrl.training.checkpoint import CheckpointError, PipelineCheckpoints, latest_checkpoint
+from fp8rl_torchrl.training.checkpoint import CheckpointError, PipelineCheckpoints, best_checkpoint, latest_checkpoint
 
 COLLECTIONS = 7
 CONFIG = ActorCriticConfig(
@@ -327,8 +327,9 @@ def test_a_damaged_newest_checkpoint_is_not_passed_over(tmp_path):
     checkpoints_of(build(CONFIG), tmp_path).load_latest()
     shutil.rmtree(older)
     newest.mkdir()
-    with pytest.raises(CheckpointError, match="there is no older one"):
-        latest_checkpoint(tmp_path)
+    for find in (latest_checkpoint, best_checkpoint):
+        with pytest.raises(CheckpointError, match="there is no older one"):
+            find(tmp_path)
 
 
 def test_a_gymnasium_environment_resumes_at_fresh_episodes(tmp_path):
