@@ -37,7 +37,7 @@ class SACConfig(OffPolicyConfig):
             "eval_every": 2048,
             "target_return": 500.0,
         },
-        "Pendulum-v1": {**PENDULUM, "alpha": 0.1},
+        "Pendulum-v1": {**PENDULUM, "total_frames": 12_000, "updates_per_collection": 16, "alpha": 0.1},
     }
     """Tuned options by task."""
     SQUARED_ERRORS: ClassVar[bool] = False
