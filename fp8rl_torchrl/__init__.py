@@ -11,7 +11,7 @@ from fp8rl_torchrl import envs as envs  # registers the environment with Gymnasi
 from fp8rl_torchrl._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fp8rl_torchrl import data, models, objectives, precision, recipes, training
+    from fp8rl_torchrl import data, models, numerics, objectives, precision, recipes, training
     from fp8rl_torchrl.models.actor_critic import ActorCritic
     from fp8rl_torchrl.precision.convert import convert
     from fp8rl_torchrl.precision.linear import Float8Linear
@@ -35,6 +35,7 @@ __all__ = [
     "envs",
     "evaluate",
     "models",
+    "numerics",
     "objectives",
     "precision",
     "recipes",
@@ -56,6 +57,7 @@ __getattr__, _ = lazy_names(
         "envs": "envs",
         "evaluate": "training.evaluate",
         "models": "models",
+        "numerics": "numerics",
         "objectives": "objectives",
         "precision": "precision",
         "recipes": "recipes",

@@ -48,15 +48,15 @@ class DQNConfig(OffPolicyConfig):
         "CartPole-v1": {**_CONTROL, "total_frames": 40_000, "epsilon_frames": 8000, "target_return": 500.0},
         "Acrobot-v1": {
             **_CONTROL,
-            "total_frames": 40_000,
+            "total_frames": 60_000,
             "updates_per_collection": 48,
             "hidden": (128, 128),
             "activation": "relu",
             "lr": 1e-3,
             "lr_final": 0.02,
             "n_step": 4,
-            "epsilon_frames": 8000,
-            "epsilon_final": 0.01,
+            "epsilon_frames": 10_000,
+            "epsilon_final": 0.1,
             "target_return": -82.0,
         },
         "LunarLander-v3": {

@@ -92,6 +92,18 @@ class Agent(Protocol):
         ...
 
 
+class Observer(Protocol):
+    """Looks on while a pipeline trains, such as `fp8rl_torchrl.numerics.Recorder`."""
+
+    def collected(self, rollout: TensorDictBase) -> None:
+        """Called with each collection ``[N, T]``, before it is learned from."""
+        ...
+
+    def update(self, step: OptimStep, batch: TensorDictBase) -> TensorDict:
+        """Called in place of ``step(batch)``, whose result it returns."""
+        ...
+
+
 def _refuse_strangers(agent: Agent, loss: LossModule, step: OptimStep) -> None:
     if step.loss is not loss:
         raise ValueError("the step updates another loss than the pipeline's: make it OptimStep(loss, ...) of this loss")
@@ -135,6 +147,7 @@ class Pipeline:
         frames: Environment steps so far.
         episodes: Episodes ended so far.
         seconds: Time spent training so far, in s.
+        observer: Looks on, if there is one; it is not saved.
     """
 
     def __init__(
@@ -160,6 +173,7 @@ class Pipeline:
         self.frames = 0
         self.episodes = 0
         self.seconds = 0.0
+        self.observer: Observer | None = None
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT_EPISODES)
 
     @property
@@ -180,6 +194,8 @@ class Pipeline:
         while not self.finished:
             started = time.perf_counter()
             rollout = next(experience)
+            if self.observer is not None:
+                self.observer.collected(rollout)
             gap = self._rollout_gap(rollout)
             updates = list(self._update(rollout))
             self.frames += rollout.numel()
@@ -200,7 +216,7 @@ class Pipeline:
     def _update(self, rollout: TensorDictBase) -> Iterator[TensorDict]:
         """Perform the updates after a collection, and yield what each returned."""
         for batch in self._batches(rollout):
-            losses = self.step(batch)
+            losses = self.step(batch) if self.observer is None else self.observer.update(self.step, batch)
             if isinstance(self.replay, TensorDictPrioritizedReplayBuffer) and not self._skipped(losses):
                 self.replay.update_tensordict_priority(batch)  # this buffer waits for the device anyway
             yield losses

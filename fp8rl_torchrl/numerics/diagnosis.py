@@ -1,0 +1,215 @@
+"""From what was seen of a run to words: was it the task, the algorithm or the precision, and in which layer?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from fp8rl_torchrl.numerics.recorder import LayerNumbers, OperandNumbers, Sample
+
+LARGEST_REWARD = 1e4
+"""A larger one (after scaling) is a fault of the task: squared errors of its returns lie beyond FP16's range many times
+over, and a single one outweighs everything else that a network learns."""
+LARGEST_WEIGHT = 100.0
+"""Weights begin near 1; one that has grown to this comes of steps that are too large."""
+MOST_UNDERFLOW = 0.5
+"""The part of an operand that may vanish."""
+LEAST_SNR = 3.0
+"""Signal-to-noise ratio in dB under which an operand says more about rounding than about the data."""
+LEAST_SURVIVAL = 0.5
+"""The part of the intended change that must arrive."""
+MOST_SKIPPED = 0.5
+"""The part of the updates that may be skipped."""
+
+FORWARD = ("activations", "weights", "outputs")
+ROLES = (*FORWARD, "gradients")
+
+Cause = Literal["none", "task", "algorithm", "precision"]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What went wrong, if anything; printed, a sentence."""
+
+    cause: Cause
+    """Where the fault lies."""
+    layer: str | None
+    """The first layer that shows it, in the order of computation; None where no layer is to blame."""
+    words: str
+    """The finding."""
+
+    def __str__(self) -> str:
+        """The sentence."""
+        return self.words if self.cause == "none" else f"the {self.cause} went wrong: {self.words}"
+
+
+def diagnose(samples: Sequence[Sample], extremes: Mapping[str, float], reward_scale: float = 1.0) -> Diagnosis:
+    """Find what went wrong, the first cause first: data, then FP32's own numbers, then what only low precision shows.
+
+    Args:
+        samples: What was seen of the updates, in order.
+        extremes: The largest magnitude of ``reward`` and ``observation`` in all collections; NaN if one was NaN.
+        reward_scale: What is learned from are rewards times this.
+    """
+    if not samples and not extremes:
+        return Diagnosis("none", None, "nothing was seen: attach the recorder to a pipeline and train it")
+    for check in (_data, _reward):
+        found = check(extremes, reward_scale)
+        if found is not None:
+            return found
+    for examine in (_fp32, _large_weights, _overflow, _no_gradient, _scaler, _underflow, _noise, _lost_updates):
+        found = examine(samples)
+        if found is not None:
+            return found
+    return Diagnosis("none", None, f"nothing went wrong in the {len(samples)} updates that were looked at")
+
+
+def _data(extremes: Mapping[str, float], reward_scale: float) -> Diagnosis | None:
+    broken = [name for name, value in extremes.items() if not math.isfinite(value)]
+    if not broken:
+        return None
+    return Diagnosis("task", None, f"the environment returned a {' and a '.join(broken)} that is not finite")
+
+
+def _reward(extremes: Mapping[str, float], reward_scale: float) -> Diagnosis | None:
+    largest = extremes.get("reward", 0.0) * reward_scale
+    if largest <= LARGEST_REWARD:
+        return None
+    words = f"a reward of {largest:.3g} is learned from, beyond {LARGEST_REWARD:g}; scale or clip rewards"
+    return Diagnosis("task", None, words)
+
+
+def _fp32(samples: Sequence[Sample]) -> Diagnosis | None:
+    for sample in samples:
+        layer = _first(sample.layers, lambda operand: operand.reference_nonfinite > 0)
+        if layer is not None or not math.isfinite(sample.reference_loss):
+            at = f", first in {layer[1]} of {layer[0]}" if layer else ""
+            name = layer[0] if layer else None
+            return Diagnosis("algorithm", name, f"update {sample.call} is not finite in FP32 either{at}")
+    return None
+
+
+def _large_weights(samples: Sequence[Sample]) -> Diagnosis | None:
+    for sample in samples:
+        for layer in sample.layers:
+            if layer.weight.amax > LARGEST_WEIGHT:
+                words = f"weights of {layer.name} have grown to {layer.weight.amax:.3g}: the learning rate is too large"
+                return Diagnosis("algorithm", layer.name, words)
+    return None
+
+
+def _no_gradient(samples: Sequence[Sample]) -> Diagnosis | None:
+    late = samples[len(samples) // 2 :]
+    for name, layers in reversed(_by_layer(late).items()):
+        if all(layer.gradient.reference_zero for layer in layers):
+            words = f"no gradient reaches {name}, in FP32 either: what comes after it is saturated or dead"
+            return Diagnosis("algorithm", name, words)
+    return None
+
+
+def _overflow(samples: Sequence[Sample]) -> Diagnosis | None:
+    for sample in samples:
+        for layer in sample.layers:
+            for role, operand in _operands(layer)[:-1]:
+                if operand.saturation > 0:
+                    words = (
+                        f"{operand.saturation:.2g} of the {role} of {layer.name} lie beyond {layer.format}, up to "
+                        f"{operand.amax:.3g}"
+                    )
+                    return Diagnosis("precision", layer.name, words)
+    return None
+
+
+def _scaler(samples: Sequence[Sample]) -> Diagnosis | None:
+    late = samples[len(samples) // 2 :]
+    skipped = sum(sample.skipped for sample in late)
+    if not late or skipped <= MOST_SKIPPED * len(late):
+        return None
+    scale = late[-1].loss_scale
+    words = (
+        f"{skipped} of the last {len(late)} updates that were looked at were skipped, though FP32's are finite; the "
+        f"loss scale stands at {scale:.3g}"
+    )
+    # Backward, the last layer comes first.
+    layer = next((x.name for x in reversed(late[-1].layers) if x.gradient.saturation > 0), None)
+    return Diagnosis("precision", layer, words + (f", and gradients overflow first in {layer}" if layer else ""))
+
+
+def _underflow(samples: Sequence[Sample]) -> Diagnosis | None:
+    worst = _worst(samples, lambda operand: operand.underflow)
+    if worst is None or worst[2] <= MOST_UNDERFLOW:
+        return None
+    name, role, part = worst
+    scale = samples[-1].loss_scale
+    note = f" (the loss scale is {scale:.3g})" if role == "gradients" and scale != 1 else ""
+    return Diagnosis("precision", name, f"{part:.0%} of the {role} of {name} vanish in {_format(samples, name)}{note}")
+
+
+def _noise(samples: Sequence[Sample]) -> Diagnosis | None:
+    # Not the gradients: where values are learned well, an error's gradient is a small difference of large numbers, so
+    # that rounding them drowns it while learning goes on.
+    worst = _worst(samples, lambda operand: -operand.snr_db if math.isfinite(operand.snr_db) else -math.inf, FORWARD)
+    if worst is None or -worst[2] >= LEAST_SNR:
+        return None
+    name, role, negative = worst
+    words = f"the {role} of {name} are mostly rounding: {-negative:.1f} dB over the noise of {_format(samples, name)}"
+    return Diagnosis("precision", name, words)
+
+
+def _lost_updates(samples: Sequence[Sample]) -> Diagnosis | None:
+    found = {
+        name: median(known)
+        for name, layers in _by_layer(samples).items()
+        if (known := [layer.update_survival for layer in layers if not math.isnan(layer.update_survival)])
+    }
+    name = min(found, key=found.__getitem__, default=None)
+    if name is None or found[name] >= LEAST_SURVIVAL:
+        return None
+    words = f"of the change that the optimizer intends, {found[name]:.0%} arrives in the weights of {name}"
+    return Diagnosis("precision", name, words)
+
+
+def _operands(layer: LayerNumbers) -> tuple[tuple[str, OperandNumbers], ...]:
+    return tuple(zip(ROLES, (layer.activation, layer.weight, layer.output, layer.gradient), strict=True))
+
+
+def _first(
+    layers: Iterable[LayerNumbers], wrong: Callable[[OperandNumbers], bool]
+) -> tuple[str, str, OperandNumbers] | None:
+    """The first operand that is wrong, in the order of computation: forward, then backward."""
+    layers = list(layers)
+    forward = ((layer, pair) for layer in layers for pair in _operands(layer)[:-1])
+    backward = ((layer, _operands(layer)[-1]) for layer in reversed(layers))
+    for each in (forward, backward):
+        for layer, (role, operand) in each:
+            if wrong(operand):
+                return layer.name, role, operand
+    return None
+
+
+def _by_layer(samples: Sequence[Sample]) -> dict[str, list[LayerNumbers]]:
+    found: dict[str, list[LayerNumbers]] = {}
+    for sample in samples:
+        for layer in sample.layers:
+            found.setdefault(layer.name, []).append(layer)
+    return found
+
+
+def _worst(
+    samples: Sequence[Sample], badness: Callable[[OperandNumbers], float], roles: Sequence[str] = ROLES
+) -> tuple[str, str, float] | None:
+    """The layer and operand whose median over the samples is largest."""
+    found = [
+        (name, role, median(badness(dict(_operands(layer))[role]) for layer in layers))
+        for name, layers in _by_layer(samples).items()
+        for role in roles
+    ]
+    return max(found, key=lambda each: each[2], default=None)
+
+
+def _format(samples: Sequence[Sample], name: str) -> str:
+    return next(layer.format for sample in samples for layer in sample.layers if layer.name == name)

@@ -1,0 +1,209 @@
+"""One look at the linear layers of a loss: their operands as they ran, beside those of a pass in FP32."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from torch import nn
+from torch.nn import functional as F
+
+from fp8rl_torchrl.precision.linear import Float8Linear
+from fp8rl_torchrl.precision.mode import Precision
+from fp8rl_torchrl.precision.quantize import dequantize, largest, quantize
+from fp8rl_torchrl.precision.recipe import RECIPES, Cast
+
+ROLES = ("activation", "weight", "output", "gradient")
+"""What is looked at of a linear layer: its input, its weight, its output and the gradient of that."""
+MEASURES = ("amax", "underflowed", "saturated", "nonfinite", "reference_nonfinite", "count", "noise", "signal")
+"""What is kept of each: its largest magnitude, five counts of elements, and two sums of squares."""
+
+
+class Look(NamedTuple):
+    """What one look found; on the device."""
+
+    names: tuple[str, ...]
+    """The layers that ran, in the order in which they first did."""
+    formats: tuple[str, ...]
+    """What each multiplied in."""
+    measures: torch.Tensor
+    """float64 ``[layers, 4, 8]``: of each of `ROLES`, the `MEASURES`."""
+    loss: torch.Tensor
+    """float32 ``[]``, the sum of the losses as it ran, before scaling."""
+    reference_loss: torch.Tensor
+    """float32 ``[]``, the same in FP32."""
+
+
+class _Call(NamedTuple):
+    """A call of a linear layer, its operands in the dtype of its products."""
+
+    layer: nn.Linear
+    place: int
+    """Where its weight lies in memory."""
+    input: torch.Tensor
+    weight: torch.Tensor
+    output: torch.Tensor
+    gradient: torch.Tensor | None
+    """Of the output, unscaled; None where no loss depends on it."""
+
+
+def names_of(agent: nn.Module, loss: nn.Module) -> dict[int, str]:
+    """The name of each linear layer by the memory of its weight: the agent's, else that of the loss's parameter.
+
+    By memory, because TorchRL's losses run copies of the networks on the same parameters.
+    """
+    names = {p.data_ptr(): name.removesuffix(".weight") for name, p in loss.named_parameters()}
+    own = {each.weight.data_ptr(): name for name, each in agent.named_modules() if isinstance(each, nn.Linear)}
+    return names | own
+
+
+def look(
+    loss: nn.Module,
+    batch: TensorDictBase,
+    precision: Precision,
+    names: Mapping[int, str],
+    scales: Mapping[str, torch.Tensor],
+) -> Look:
+    """Run a loss forward and backward on a batch, as it is and in FP32, and compare the layers' operands.
+
+    Nothing is changed: not the batch, nor parameters, gradients or the random state.
+
+    Args:
+        loss: Returns a TensorDict whose entries ``loss*`` are scalars.
+        batch: What it takes.
+        precision: What it runs in.
+        names: What `names_of` returned.
+        scales: The loss scale of each entry, or ``{"loss": scale}`` of their sum.
+    """
+    device = next(loss.parameters()).device
+    with torch.enable_grad(), _same_random_numbers(device) as rewind:
+        with precision.autocast(device):
+            ran, calls = _run(loss, batch, scales, in_fp32=False)
+        rewind()
+        with torch.autocast(device.type, enabled=False):
+            reference, twins = _run(loss, batch, {}, in_fp32=True)
+    table: dict[str, torch.Tensor] = {}
+    formats: dict[str, str] = {}
+    for call, twin in zip(calls, twins, strict=True):
+        name = names.get(call.place)
+        if name is not None and call.gradient is not None and twin.gradient is not None:
+            formats[name] = _format(call.layer, precision)
+            found = _measured(call, twin)
+            before = table.get(name)
+            table[name] = found if before is None else _merged(before, found)
+    measures = (
+        torch.stack(list(table.values())) if table else torch.zeros(0, len(ROLES), len(MEASURES), dtype=torch.float64)
+    )
+    return Look(tuple(table), tuple(formats.values()), measures, ran, reference)
+
+
+@contextlib.contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[Any]:
+    """A function that winds the random state back to where it was, which also happens at the end."""
+    states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def rewind() -> None:
+        torch.set_rng_state(states[0])
+        if states[1] is not None:
+            torch.cuda.set_rng_state(states[1], device)
+
+    try:
+        yield rewind
+    finally:
+        rewind()
+
+
+def _run(
+    loss: nn.Module, batch: TensorDictBase, scales: Mapping[str, torch.Tensor], in_fp32: bool
+) -> tuple[torch.Tensor, list[_Call]]:
+    calls: list[tuple[nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def note(layer: nn.Module, inputs: Any, output: Any) -> Any:
+        if not isinstance(layer, nn.Linear):
+            return None
+        if in_fp32 and isinstance(layer, Float8Linear):
+            output = F.linear(inputs[0], layer.weight, layer.bias)
+        calls.append((layer, _physical(inputs[0]), _physical(layer.weight), _physical(output)))
+        return output if in_fp32 else None
+
+    handle = nn.modules.module.register_module_forward_hook(note)
+    try:
+        outputs = loss(batch.copy())
+    finally:
+        handle.remove()
+    losses = {str(k): v for k, v in outputs.items() if str(k).startswith("loss") and v.requires_grad}
+    total = torch.stack([each.detach().float() for each in losses.values()]).sum()
+    if set(scales) == {"loss"}:
+        losses = {"loss": torch.stack([*losses.values()]).sum()}
+    results = [output for *_, output in calls]
+    tracked = [each for each in results if each.requires_grad]
+    gradients: dict[int, torch.Tensor] = {}
+    for key, each in losses.items():
+        scale = scales.get(key)
+        scaled = each if scale is None else each * scale
+        for output, gradient in zip(
+            tracked, torch.autograd.grad(scaled, tracked, retain_graph=True, allow_unused=True), strict=True
+        ):
+            if gradient is not None:
+                gradient = gradient.float() if scale is None else gradient.float() / scale
+                gradients[id(output)] = gradients[id(output)] + gradient if id(output) in gradients else gradient
+    found = [
+        _Call(layer, w.data_ptr(), x.detach().to(y.dtype), w.detach().to(y.dtype), y.detach(), gradients.get(id(y)))
+        for layer, x, w, y in calls
+    ]
+    return total, found
+
+
+def _physical(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in memory: under ``vmap``, of all members."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def _format(layer: nn.Linear, precision: Precision) -> str:
+    if isinstance(layer, Float8Linear):
+        return layer.recipe
+    base = precision.base if precision.fp8_recipe is not None else precision.name
+    return getattr(layer, "compute_format", base)
+
+
+def _measured(call: _Call, twin: _Call) -> torch.Tensor:
+    """`MEASURES` of each of `ROLES` of a call, ``[4, 8]``."""
+    recipe = RECIPES[call.layer.recipe] if isinstance(call.layer, Float8Linear) else None
+    casts = (recipe.output.left, recipe.output.right, None, recipe.grad_input.left) if recipe else (None,) * 4
+    ran, exact = ((each.input, each.weight, each.output, each.gradient) for each in (call, twin))
+    rows = [
+        _compared(value, reference, cast)
+        for value, reference, cast in zip(ran, exact, casts, strict=True)
+        if value is not None and reference is not None
+    ]
+    return torch.stack(rows)
+
+
+def _compared(value: torch.Tensor, reference: torch.Tensor, cast: Cast | None) -> torch.Tensor:
+    value, reference = value.float(), reference.float()
+    over = ~value.isfinite()
+    magnitude = value.abs().amax() if value.numel() else value.new_zeros(())
+    if cast is not None:
+        codes, scale = quantize(value, cast)
+        # What rounds to the largest number has not been cut off.
+        over = over | ((value * scale).abs() > largest(cast.format) * (1 + 2.0**-5))
+        value = dequantize(codes, scale)
+    lost = (value == 0) & (reference != 0)
+    noise = (value - reference).square().sum(dtype=torch.float64)
+    counts = lost.sum(), over.sum(), (~value.isfinite()).sum(), (~reference.isfinite()).sum()
+    size = torch.full_like(noise, value.numel())
+    signal = reference.square().sum(dtype=torch.float64)
+    return torch.stack([each.double() for each in (magnitude, *counts, size, noise, signal)])
+
+
+def _merged(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Two calls of a layer as one."""
+    merged = one + other
+    merged[:, 0] = torch.maximum(one[:, 0], other[:, 0])
+    return merged
