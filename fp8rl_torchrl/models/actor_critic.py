@@ -62,7 +62,9 @@ class ActorCritic(nn.Module):
     ) -> None:
         super().__init__()
         self.statistics = statistics  # before the layers that refer to it
-        head = ActorHead.for_spec(num_features, action_spec)
+        # On-policy methods explore by the scale alone: one that depends on the observation narrows where the policy
+        # has been, and that widens the steps of the next updates there until they undo what was learned.
+        head = ActorHead.for_spec(num_features, action_spec, scale_of_observation=False)
         critic_head = Float32Head(num_features, 1)
         self.shared = critic_encoder is None
         # Collectors drop what starts with an underscore, so the features are not stored with the experience.

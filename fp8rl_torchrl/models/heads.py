@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict.nn import InteractionType, TensorDictSequential
+from tensordict.nn import AddStateIndependentNormalScale, InteractionType, TensorDictSequential
 from torch import nn
 from torch.distributions import Distribution
 from torchrl.data import Bounded, TensorSpec
@@ -56,8 +56,14 @@ class ActorHead:
     """Its other arguments."""
 
     @classmethod
-    def for_spec(cls, num_features: int, action_spec: TensorSpec) -> ActorHead:
+    def for_spec(cls, num_features: int, action_spec: TensorSpec, scale_of_observation: bool = True) -> ActorHead:
         """The head for an (unbatched) action: logits of a categorical one, a tanh-Normal of a bounded vector.
+
+        Args:
+            num_features: Size of the features.
+            action_spec: What the action must be.
+            scale_of_observation: Whether the Normal's scale is computed from the features, or is a parameter of its
+                own, the same for all observations.
 
         Raises:
             ValueError: If the action is neither.
@@ -76,8 +82,10 @@ class ActorHead:
                 f"unsupported action space {in_words(action_spec)}: the actor has a head for a categorical action (one "
                 "integer) and for a bounded continuous vector"
             )
+        size = action_spec.shape[-1]
+        scale = NormalParamExtractor() if scale_of_observation else AddStateIndependentNormalScale(size)
         return cls(
-            module=nn.Sequential(Float32Head(num_features, 2 * action_spec.shape[-1], 0.01), NormalParamExtractor()),
+            module=nn.Sequential(Float32Head(num_features, (1 + scale_of_observation) * size, 0.01), scale),
             parameters=["loc", "scale"],
             distribution=TanhNormal,
             options={**bounds, "tanh_loc": False},

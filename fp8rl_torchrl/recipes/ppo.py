@@ -54,13 +54,15 @@ class PPOConfig(OnPolicyConfig):
         "Pendulum-v1": {
             # Observations as they are: running statistics follow the policy from hanging to balancing, and what it
             # has learned about swinging up moves away under it.
-            "total_frames": 81_920,
+            "total_frames": 102_400,
             "num_envs": 16,
             "frames_per_collection": 1024,
             "epochs": 10,
             "batch_size": 128,
             "shared": False,
-            "lr": 2e-3,
+            "activation": "relu",
+            "lr": 1e-3,
+            "lr_final": 0.1,
             "gamma": 0.9,
             "entropy_coeff": 0.0,
             "reward_scale": 0.1,

@@ -87,6 +87,15 @@ def test_an_infinite_bound_is_refused():
 # --- heads ---
 
 
+def test_a_scale_of_its_own_is_one_parameter_for_all_observations():
+    head = ActorHead.for_spec(8, BOX, scale_of_observation=False)
+    assert sum(parameter.numel() for parameter in head.module.parameters()) == 8 * 2 + 2 + 2
+    loc, scale = head.module(torch.randn(5, 8))
+    assert loc.shape == scale.shape == (5, 2)
+    assert loc.std(0).min() > 0
+    torch.testing.assert_close(scale, torch.ones(5, 2))  # exp(0)
+
+
 def test_the_head_of_a_categorical_action():
     head = ActorHead.for_spec(8, ACTION)
     assert type(head.module) is Float32Head
