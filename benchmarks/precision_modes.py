@@ -1,234 +1,203 @@
-"""Compare precision modes: train the same task in each, over several seeds, and show what each costs and gains.
+"""Which precision should I use? Train the same tasks in each mode, over seeds, and say what each costs and gains.
 
-Every cell (one precision, one seed) trains in a process of its own, so that its peak memory and its time are its own.
-Seeds are interleaved over the modes, so that a drift of the machine's speed meets all of them alike.
+Every cell (a task, a recipe, a mode, a seed) trains in a process of its own, pinned to a core of its own; seeds are
+interleaved over the modes, so that a drift of the machine's speed meets all of them alike. A comparison that was
+stopped goes on where it stopped. OUT.html is the answer on one page; OUT.jsonl holds a record a cell.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import multiprocessing
-import platform
-import resource
-import statistics
+import os
+import queue
 import sys
-import time
-import warnings
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+import mode_cell
+import negative_controls
+import precision_report
+import resumable
 import tyro
-from tqdm import tqdm
+from ledger import digest, package_files
+from mode_cell import Watch
+from negative_controls import CONTROLS, configured
+from resumable import Job
+from scores import RANDOM_TO_SOLVED
 
-from fp8rl_torchrl import evaluate
-from fp8rl_torchrl.recipes import ActorCriticConfig, build
-from fp8rl_torchrl.training.run_folder import made_with
+from fp8rl_torchrl.recipes import RecipeConfig, config_class
 
-SOLVED = 215.0
-"""Mean return from which CustomEnv counts as solved."""
+RECIPES = {
+    "CustomEnv": "a2c",
+    "CartPole-v1": "ppo",
+    "Acrobot-v1": "ppo",
+    "Pendulum-v1": "ppo",
+    "MountainCarContinuous-v0": "ppo",
+    "LunarLander-v3": "ppo",
+}
+"""What each task is learned by, unless --recipes says otherwise."""
+DEPTH = 3
+"""Layers of a network whose width is given: two of them are wide on both sides, so that they run in FP8."""
+USUAL_WIDTH = 64
+"""What presets are tuned for."""
+
+
+class Cell(NamedTuple):
+    """One run of the comparison."""
+
+    task: str
+    recipe: str
+    mode: str
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(resumable.Options):
     """What to compare, and where the results go."""
 
-    modes: tuple[str, ...] = ("fp32", "bf16", "fp16", "fp8")
-    """Precision modes."""
-    rollout_precision: str | None = None
-    """What the policy collects in; by default fp32, and for an fp8 mode the same as the loss."""
-    seeds: int = 5
-    """Seeds of each mode, counted from --first-seed."""
-    first_seed: int = 1000
-    """The first seed."""
-    env: str = "CustomEnv"
-    """The task."""
-    episodes: int = 2000
-    """Training episodes of each run."""
-    hidden: tuple[int, ...] = (64, 64)
-    """Widths of the network's layers."""
-    eval_episodes: int = 100
-    """Episodes of the evaluation at the end."""
-    device: str = "auto"
-    """Where to run."""
+    tasks: tuple[str, ...] = ("CustomEnv", "CartPole-v1", "Acrobot-v1", "Pendulum-v1")
+    """Tasks."""
+    recipes: tuple[str, ...] = ()
+    """The recipe of each task, in order, or one for all; by default one that fits."""
+    modes: tuple[str, ...] = ("fp32", "bf16", "fp16", "fp8", "fp8-tensorwise", "fp16-naive", "fp8-unscaled")
+    """Precisions, and the negative controls fp16-naive and fp8-unscaled. The first is what others are compared with."""
+    seeds: int = 10
+    """Seeds of each mode, counted from --first-seed; a claim needs 10."""
+    width: int | None = None
+    """Width of the networks, which then have three layers, with the learning rate lowered in proportion; by default as
+    the preset says."""
+    batch: int | None = None
+    """Transitions in a batch, where the recipe has batches; by default as the preset says."""
+    total_frames: int | None = None
+    """Frames of each run; by default as the preset says."""
+    margin: float = 0.05
+    """Of equivalence: this part of the way from random to solved."""
+    watch: Watch = field(default_factory=Watch)
+    """What is looked at while a cell trains."""
+    cores: tuple[int, ...] = ()
+    """The cores to use, one for each cell that runs; by default all that this process may use."""
+    device: str = "cpu"
+    """Where to run: cpu or cuda."""
     out: str = "benchmarks/results/precision_modes"
-    """Results go to OUT.jsonl (a record a run) and OUT.png."""
+    """Results go to OUT.jsonl (a record a cell, appended), OUT.html and figures OUT-*.svg and .png."""
+
+    @property
+    def workers(self) -> int:
+        """As many as there are cores."""
+        return len(cores_of(self.cores))
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be compared."""
+        super().__post_init__()
+        if len(self.modes) < 2 or len(set(self.modes)) < len(self.modes):
+            raise ValueError(f"--modes takes at least two different ones; got {' '.join(self.modes)}")
+        if self.modes[0] in CONTROLS:
+            raise ValueError(f"the first of --modes is the reference; {self.modes[0]} is a negative control")
+        if unknown := [task for task in self.tasks if task not in RANDOM_TO_SOLVED]:
+            raise ValueError(
+                f"it is not known what {', '.join(unknown)} scores at random and solved; use some of "
+                f"{', '.join(RANDOM_TO_SOLVED)}"
+            )
+        if len(self.recipes) not in (0, 1, len(self.tasks)):
+            raise ValueError(f"--recipes takes one, or one for each of the {len(self.tasks)} tasks")
+        for name in ("width", "batch", "total_frames"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
+        if not self.margin > 0:
+            raise ValueError(f"margin must be > 0; got {self.margin:g}")
 
 
 def main(argv: list[str]) -> int:
-    """Run the comparison.
+    """Train what is not recorded yet, and write the report.
 
     Returns:
-        The exit code: 0, or 2 for bad input.
+        The exit code: 0, 1 if a cell failed, 2 for bad input, 130 after Ctrl-C.
     """
     options = tyro.cli(Options, description=__doc__, args=argv)
-    out = Path(options.out)
-    try:
-        cells = plan(options)
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    environment = made_with()
-    records = []
-    # A process each: memory and thread pools of one run must not show in the next.
-    context = multiprocessing.get_context("spawn")
-    with out.with_suffix(".jsonl").open("w") as file:
-        for config in tqdm(cells, unit=" runs", dynamic_ncols=True):
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                record = pool.submit(train_one, config, options.eval_episodes).result()
-            records.append(record | environment)
-            file.write(json.dumps(records[-1]) + "\n")
-            file.flush()
-    print(table(records))
-    plot(records, out.with_suffix(".png"))
-    print(f"\nrecords {out.with_suffix('.jsonl')}, picture {out.with_suffix('.png')}")
-    return 0
+    report = precision_report.Report(options.modes[0], tuple(CONTROLS), options.margin, _command(argv))
+    return resumable.conduct(options, jobs_of, report, "every cell is there")
 
 
-def plan(options: Options) -> list[ActorCriticConfig]:
-    """Every run's configuration: modes interleaved within each seed.
+def plan(options: Options) -> dict[Cell, RecipeConfig]:
+    """The (resolved) configuration of every cell, modes interleaved within each seed.
 
     Raises:
         ValueError: If an option is out of range.
     """
-    if options.seeds < 1:
-        raise ValueError(f"seeds must be >= 1; got {options.seeds}")
-    base = ActorCriticConfig(env=options.env, episodes=options.episodes, hidden=options.hidden, device=options.device)
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
-    runs = ((seed, mode) for seed in seeds for mode in options.modes)
-    return [
-        replace(base, precision=mode, rollout_precision=options.rollout_precision, seed=seed).resolved()
-        for seed, mode in runs
-    ]
+    names = options.recipes or tuple(RECIPES.get(task, "ppo") for task in options.tasks)
+    recipes = names * len(options.tasks) if len(names) == 1 else names
+    cells = {}
+    for seed in options.seed_range:
+        for task, recipe in zip(options.tasks, recipes, strict=True):
+            for mode in options.modes:
+                cells[Cell(task, recipe, mode, seed)] = configured(mode, _base(options, task, recipe, seed)).resolved()
+    return cells
 
 
-def train_one(config: ActorCriticConfig, eval_episodes: int) -> dict[str, Any]:
-    """Train and evaluate one configuration; runs in a process of its own.
+def _base(options: Options, task: str, recipe: str, seed: int) -> RecipeConfig:
+    kind: Any = config_class(recipe)
+    config = kind.for_task(task, seed=seed, device=options.device, num_threads=1)
+    changes: dict[str, Any] = {"total_frames": options.total_frames or config.total_frames}
+    if changes["total_frames"] is None:
+        raise ValueError(f"the preset of {recipe} on {task} counts episodes: give --total-frames")
+    if options.width is not None:
+        lr = (config.lr or 1e-3) * min(1.0, USUAL_WIDTH / options.width)
+        changes |= {"hidden": (options.width,) * DEPTH, "lr": lr}
+    if options.batch is not None:
+        if not hasattr(config, "batch_size"):
+            raise ValueError(f"{recipe} learns from whole collections: it has no --batch")
+        changes["batch_size"] = options.batch
+    return replace(config, **changes)
 
-    Returns:
-        The record: configuration, conversion to FP8, learning curve, returns, seconds, peak memory in MiB, skipped
-        steps, and the largest gap between the distributions of rollout and learner.
+
+def jobs_of(options: Options) -> dict[Cell, Job]:
+    """How each cell is made and recorded.
+
+    Raises:
+        ValueError: If an option is out of range.
     """
-    logging.getLogger("torchrl").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torchrl")
-    torch.set_num_threads(config.num_threads)
-    pipeline = build(config)
-    on_cuda = config.device.startswith("cuda")
-    curve, gaps = [], []
-    for report in pipeline:
-        curve.append((report.frames, report.episode_return))
-        if "rollout_kl" in report.metrics:
-            gaps.append((report.metrics["rollout_kl"], report.metrics["rollout_ratio_error"]))
-    largest_kl, largest_ratio_error = map(max, zip(*gaps, strict=True)) if gaps else (None, None)
-    result = evaluate(pipeline.agent.policy, pipeline.env, eval_episodes)
-    if on_cuda:
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        unit = 2**20 if platform.system() == "Darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return {
-        "config": config.to_dict(),
-        "conversion": pipeline.conversion.to_dict() if pipeline.conversion else None,
-        "curve": [point for point in curve if point[1] == point[1]],
-        "eval_return_mean": result.mean,
-        "eval_return_std": result.std,
-        "train_seconds": pipeline.seconds,
-        "frames": pipeline.frames,
-        "updates": int(pipeline.step.updates),
-        "skipped_steps": int(pipeline.step.skipped_steps),
-        "rollout_kl_max": largest_kl,
-        "rollout_ratio_error_max": largest_ratio_error,
-        "peak_memory_mib": peak,
-        "memory_of": "device" if on_cuda else "process",
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    free: queue.Queue[int | None] = queue.Queue()
+    for core in cores_of(options.cores):
+        free.put(core)
 
+    def on_a_free_core(config: RecipeConfig, mode: str) -> dict[str, Any]:
+        core = free.get()
+        try:
+            return mode_cell.run(config, mode, options.watch, core, options.limit)
+        finally:
+            free.put(core)
 
-def by_mode(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The records of each precision mode, in the order of first appearance."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        groups.setdefault(record["config"]["precision"], []).append(record)
-    return groups
-
-
-def table(records: list[dict[str, Any]]) -> str:
-    """One row a mode, with the spread over seeds, then the return of every seed."""
-    groups = by_mode(records)
-    width = max(map(len, ("mode", *groups)))
-    lines = [
-        f"{'mode':<{width}} {'seeds':>5} {'return: mean':>12} {'min':>7} {'max':>7} {'solved':>7} "
-        f"{'seconds: median':>15} {'min':>6} {'max':>6} {'peak MiB':>9} {'skipped':>8} {'FP8 share':>9} "
-        f"{'products':>8} {'max |ratio-1|':>13}"
-    ]
-    for mode, group in groups.items():
-        returns = [record["eval_return_mean"] for record in group]
-        seconds = [record["train_seconds"] for record in group]
-        solved = f"{sum(value >= SOLVED for value in returns)}/{len(returns)}"
-        lines.append(
-            f"{mode:<{width}} {len(group):>5} "
-            f"{statistics.mean(returns):>12.1f} {min(returns):>7.1f} {max(returns):>7.1f} "
-            f"{solved:>7} {statistics.median(seconds):>15.1f} {min(seconds):>6.1f} {max(seconds):>6.1f} "
-            f"{statistics.median(r['peak_memory_mib'] for r in group):>9.0f} "
-            f"{sum(r['skipped_steps'] for r in group):>8} {_share(group[0]):>9} "
-            f"{(group[0]['conversion'] or {'backend': '-'})['backend']:>8} "
-            f"{max(r['rollout_ratio_error_max'] or 0.0 for r in group):>13.2g}"
+    code = digest([*package_files(), Path(mode_cell.__file__), Path(negative_controls.__file__)])
+    jobs = {}
+    for cell, config in plan(options).items():
+        named = {**cell._asdict(), "hidden": list(config.hidden), "batch_size": getattr(config, "batch_size", None)}
+        jobs[cell] = Job(
+            named=named,
+            run=named | {"config": config.to_dict(), "watch": asdict(options.watch)},
+            code=code,
+            make=partial(on_a_free_core, config, cell.mode),
         )
-    lines.append("")
-    for mode, group in groups.items():
-        each = "  ".join(f"{record['config']['seed']}: {record['eval_return_mean']:.1f}" for record in group)
-        lines.append(f"{mode:<{width}} return by seed  {each}")
-    return "\n".join(lines)
+    return jobs
 
 
-def _share(record: dict[str, Any]) -> str:
-    """The part of the linear layers' multiply-adds that ran in FP8."""
-    return f"{record['conversion']['fp8_share']:.0%}" if record["conversion"] else "-"
+def cores_of(wanted: Sequence[int]) -> list[int | None]:
+    """The cores to pin to; a single None where the system cannot pin.
+
+    Raises:
+        ValueError: If this process may not use one that is wanted.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return [None]
+    usable = os.sched_getaffinity(0)
+    if unknown := sorted(set(wanted) - usable):
+        raise ValueError(f"cores {unknown} cannot be used here; there are {', '.join(map(str, sorted(usable)))}")
+    return [*(wanted or sorted(usable))]
 
 
-def plot(records: list[dict[str, Any]], path: Path) -> None:
-    """Learning curves, final returns and training time of each mode, a mark a seed."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    groups = by_mode(records)
-    figure = Figure(figsize=(11, 3.8), dpi=150, layout="constrained")
-    curves, finals, times = figure.subplots(1, 3, width_ratios=(2.2, 1, 1))
-    for place, (mode, group) in enumerate(groups.items()):
-        color = f"C{place}"
-        for seed, record in enumerate(group):
-            label = mode if seed == 0 else None
-            curves.plot(*zip(*record["curve"], strict=True), color=color, alpha=0.7, linewidth=1, label=label)
-        for axes, name in ((finals, "eval_return_mean"), (times, "train_seconds")):
-            values = [record[name] for record in group]
-            offsets = [place + 0.08 * (seed - (len(values) - 1) / 2) for seed in range(len(values))]
-            axes.plot(offsets, values, "o", color=color, markersize=4)
-            axes.hlines(statistics.median(values), place - 0.3, place + 0.3, color=color)
-    config, count = records[0]["config"], len(next(iter(groups.values())))
-    curves.set(xlabel="environment steps (frames)", ylabel="return, mean of the last 100 episodes")
-    curves.set_title(f"training, {count} seeds a mode")
-    curves.xaxis.set_major_formatter(EngFormatter(sep=""))
-    finals.set(title="evaluation (line: median)", ylabel="mean return per episode")
-    if config["env"] == "CustomEnv":
-        for axes in (curves, finals):
-            axes.axhline(SOLVED, color="gray", linestyle=":", linewidth=1, label=f"solved: {SOLVED:g}")
-    curves.legend(loc="lower right")
-    times.set(title="time (line: median)", ylabel="training time, s")
-    times.set_ylim(bottom=0)
-    for axes in (finals, times):
-        axes.set_xticks(range(len(groups)), [mode.replace("-", "-\n", 2) for mode in groups], fontsize="small")
-        axes.set_xlim(-0.6, len(groups) - 0.4)
-    for axes in (curves, finals, times):
-        axes.grid(alpha=0.3)
-    hidden = "×".join(map(str, config["hidden"]))
-    emulated = any(record["conversion"] and record["conversion"]["backend"] == "emulated" for record in records)
-    note = "; FP8 emulated, so its time is no measure of FP8 hardware" if emulated else ""
-    figure.suptitle(f"{config['env']}, actor-critic {hidden}, {config['device']}{note}")
-    figure.savefig(path)
+def _command(argv: Sequence[str]) -> str:
+    return " ".join(["python benchmarks/precision_modes.py", *argv])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -44,6 +45,11 @@ class Options:
             raise ValueError(f"seeds must be >= 1 and limit > 0; got {self.seeds} and {self.limit:g}")
 
     @property
+    def workers(self) -> int:
+        """How many runs are made at a time."""
+        return 1
+
+    @property
     def seed_range(self) -> range:
         """The seeds."""
         return range(self.first_seed, self.first_seed + self.seeds)
@@ -75,7 +81,7 @@ class Report(Protocol[Key]):
         ...
 
     def plot(self, records: dict[Key, Any], path: Path) -> None:
-        """Draw the picture."""
+        """Draw the picture; what else there is to write goes beside it."""
         ...
 
 
@@ -105,7 +111,7 @@ def conduct(options: Asked, jobs_of: Callable[[Asked], dict[Key, Job]], report: 
         records.update({key: ledger.newest(job.named) for key, job in jobs.items()})
     else:
         try:
-            complete(jobs, ledger, records)
+            complete(jobs, ledger, records, options.workers)
         except KeyboardInterrupt:
             interrupted = True
     print(report.table(records, options.markdown))
@@ -118,17 +124,30 @@ def conduct(options: Asked, jobs_of: Callable[[Asked], dict[Key, Job]], report: 
     return 1 if wrong else 0
 
 
-def complete(jobs: Mapping[Key, Job], ledger: Ledger, records: dict[Key, Any]) -> None:
-    """Put the record of every run in its place: the one that there is, or that of a new run, which is appended."""
+def complete(jobs: Mapping[Key, Job], ledger: Ledger, records: dict[Key, Any], workers: int = 1) -> None:
+    """Put the record of every run in its place: the one that there is, or that of a new run, which is appended.
+
+    Args:
+        jobs: The runs, in the order in which they are begun.
+        ledger: The records.
+        records: Where they are put.
+        workers: How many runs are made at a time. A record is appended as soon as its run is done.
+    """
     records.update({key: ledger.find(job.run, job.code) for key, job in jobs.items()})
     missing = [key for key, record in records.items() if record is None]
     done = len(records) - len(missing)
-    with tqdm(total=len(records), initial=done, unit=" runs", dynamic_ncols=True) as bar:
-        for key in missing:
-            job = jobs[key]
-            bar.set_postfix_str(" ".join(map(str, job.named.values())))
-            records[key] = ledger.add(job.run, job.code, job.make())
-            bar.update()
+    bar = tqdm(total=len(records), initial=done, unit=" runs", dynamic_ncols=True)
+    with bar, ThreadPoolExecutor(workers) as pool:
+        running = {pool.submit(jobs[key].make): key for key in missing}
+        try:
+            for future in as_completed(running):
+                key = running[future]
+                records[key] = ledger.add(jobs[key].run, jobs[key].code, future.result())
+                bar.set_postfix_str(" ".join(map(str, jobs[key].named.values())))
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def outdated(jobs: Mapping[Key, Job], records: Mapping[Key, Any]) -> list[str]:

@@ -139,6 +139,11 @@ class Recorder:
             self._pipeline.observer = None
             self._pipeline = None
 
+    @property
+    def due(self) -> bool:
+        """Whether the next update will be looked at."""
+        return self._calls % self.every == 0
+
     @torch.no_grad()
     def collected(self, rollout: TensorDictBase) -> None:
         """See what was collected; called by the pipeline.
@@ -161,7 +166,7 @@ class Recorder:
             step: The pipeline's `fp8rl_torchrl.OptimStep`.
             batch: What it takes.
         """
-        due = self._calls % self.every == 0
+        due = self.due
         self._calls += 1
         if not due:
             return step(batch)

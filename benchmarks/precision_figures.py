@@ -1,0 +1,219 @@
+"""The figures of a comparison of precisions. Each says what it shows and over how many seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from mode_cell import MEASURES, PARTS, ROLES
+from precision_records import TaskResults, curve_of, interval, median_seconds, seconds_to
+from scores import iqm, profile
+
+MEMORY = ("parameters", "gradients", "optimizer", "activations", "replay")
+SIZE = (5.4, 3.5)
+"""Of a figure, in inches: readable on a phone, where it takes the whole width."""
+MODES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb8866", "#999999")
+"""Colours of the modes (Tol's bright scheme), told apart by most colour-blind eyes and on both backgrounds."""
+SHADES = ("#4477aa", "#66ccee", "#ccbb44", "#ee6677", "#999999")
+
+
+def _one(title: str, **labels: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, **labels)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _colours(result: TaskResults) -> dict[str, str]:
+    return {mode: MODES[place % len(MODES)] for place, mode in enumerate(result.runs)}
+
+
+def _seeds(result: TaskResults) -> str:
+    return f"{len(next(iter(result.runs.values())).seeds)} seeds"
+
+
+def curves(result: TaskResults, axes: Axes | None = None) -> Figure | None:
+    """Learning curves: the interquartile mean of the score, with its bootstrap interval."""
+    figure = None
+    if axes is None:
+        title = f"{result.task}: learning, IQM of {_seeds(result)}, 95 % interval"
+        figure, axes = _one(title, xlabel="environment steps (frames)", ylabel="score (0 random, 1 solved)")
+    for mode, colour in _colours(result).items():
+        found = [curve_of(result.task, record) for record in result.records[mode]]
+        frames = [median(each) for each in zip(*(at for at, _ in found), strict=True)]
+        scores = [list(each) for each in zip(*(values for _, values in found), strict=True)]
+        low, high = zip(*(interval(each) for each in scores), strict=True)
+        axes.plot(frames, [iqm(each) for each in scores], color=colour, label=mode, linewidth=1.4)
+        axes.fill_between(frames, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.axhline(1, color="gray", linestyle=":", linewidth=1)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.legend(fontsize="x-small", ncols=2)
+    return figure
+
+
+def time_to_return(result: TaskResults) -> Figure:
+    """Seconds of training until an evaluation scores 1; runs that never do stand above the line."""
+    figure, axes = _one(f"{result.task}: time to solved, {_seeds(result)}", ylabel="seconds of training")
+    found = {mode: [seconds_to(result.task, each, 1.0) for each in own] for mode, own in result.records.items()}
+    known = [each for own in found.values() for each in own if each is not None]
+    never = 1.15 * max(known, default=1.0)
+    for place, (mode, colour) in enumerate(_colours(result).items()):
+        values = [never if each is None else each for each in found[mode]]
+        axes.plot(_spread(place, len(values)), values, "o", color=colour, markersize=4)
+        axes.hlines(median(values), place - 0.3, place + 0.3, color=colour)
+    axes.axhline(1.07 * max(known, default=1.0), color="gray", linestyle=":", linewidth=1)
+    axes.annotate("never", (0, never), xytext=(-28, -3), textcoords="offset points", fontsize="small")
+    axes.set_ylim(0, 1.25 * max(known, default=1.0))
+    _mode_ticks(axes, result)
+    return figure
+
+
+def speed(result: TaskResults) -> Figure:
+    """Where the time of a frame goes, the median over seeds."""
+    figure, axes = _one(f"{result.task}: time of a frame, median of {_seeds(result)}", ylabel="µs a frame, one core")
+    _stacked(axes, result, {part: [median_seconds(own, part) for own in result.records.values()] for part in PARTS})
+    return figure
+
+
+def memory(result: TaskResults) -> Figure:
+    """Memory by category, the median over seeds."""
+    figure, axes = _one(f"{result.task}: memory, median of {_seeds(result)}", ylabel="KiB")
+    heights = {
+        part: [median(each["memory"][part] / 1024 for each in own) for own in result.records.values()]
+        for part in MEMORY
+    }
+    _stacked(axes, result, heights)
+    return figure
+
+
+def loss_scale(result: TaskResults) -> Figure | None:
+    """The loss scale and the skipped updates of the modes that have either; None if none has."""
+    colours = _colours(result)
+    shown = [
+        mode
+        for mode, own in result.records.items()
+        if any(each["skipped_steps"] for each in own) or any((s or 1) != 1 for e in own for _, s, _ in e["loss_scale"])
+    ]
+    if not shown:
+        return None
+    figure = Figure(figsize=SIZE, layout="constrained")
+    scales, skips = figure.subplots(2, sharex=True)
+    for mode in shown:
+        for seed, each in enumerate(result.records[mode]):
+            frames, scale, skipped = zip(*each["loss_scale"], strict=True)
+            label = mode if seed == 0 else None
+            scales.step(frames, [math.nan if s is None else s for s in scale], color=colours[mode], alpha=0.6, lw=1)
+            skips.plot(frames, skipped, color=colours[mode], alpha=0.6, linewidth=1, label=label)
+    scales.set(title=f"{result.task}: loss scale and skipped updates, {_seeds(result)}", ylabel="loss scale")
+    scales.set_yscale("log", base=2)
+    skips.set(xlabel="environment steps (frames)", ylabel="skipped, in all")
+    skips.xaxis.set_major_formatter(EngFormatter(sep=""))
+    skips.legend(fontsize="x-small")
+    for axes in (scales, skips):
+        axes.grid(alpha=0.25)
+    return figure
+
+
+def numbers(result: TaskResults, mode: str, measure: str) -> Figure | None:
+    """A heat map over layers and updates of the ``underflow`` or ``saturation`` of a mode, the mean over seeds."""
+    samples = [each["numerics"] for each in result.records[mode] if each["numerics"]["values"]]
+    if not samples:
+        return None
+    count, place = min(len(own["frames"]) for own in samples), MEASURES.index(measure)
+    names = samples[0]["layers"]
+    # [seeds, updates, layers, roles], NaN where a number was not finite
+    values = np.array([own["values"][:count] for own in samples], dtype=np.float64)[..., place]
+    table = values.mean(0).reshape(count, -1).T
+    rows = [f"{place + 1} {role}" for place in range(len(names)) for role in ROLES]
+    figure = Figure(figsize=(SIZE[0], 1.6 + 0.16 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    frames = samples[0]["frames"]
+    image = axes.imshow(
+        100 * table, aspect="auto", cmap="magma_r", vmin=0, vmax=max(1e-9, float(100 * np.nanmax(table)))
+    )
+    axes.set_yticks(range(len(rows)), rows, fontsize=6)
+    places = np.linspace(0, count - 1, min(count, 5)).astype(int)
+    axes.set_xticks(places, [EngFormatter(sep="")(frames[place]) for place in places])
+    axes.set(xlabel="environment steps (frames)", ylabel="layer", title=f"{mode}: {measure}, {len(samples)} seeds")
+    figure.colorbar(image, label="% of elements", shrink=0.8)
+    return figure
+
+
+def profiles(results: Sequence[TaskResults]) -> Figure:
+    """Performance profiles over all tasks: the part of the runs above each score."""
+    seeds = sum(len(next(iter(result.runs.values())).seeds) for result in results)
+    figure, axes = _one(
+        f"all tasks: runs above a score, {seeds} a mode", xlabel="score (0 random, 1 solved)", ylabel="part of the runs"
+    )
+    levels = np.linspace(0, 1.3, 131)
+    for mode, colour in _colours(results[0]).items():
+        scores = [score for result in results if mode in result.runs for score in result.runs[mode].final]
+        axes.step(levels, profile(scores, levels), color=colour, label=mode, linewidth=1.4)
+    axes.set_ylim(0, 1.02)
+    axes.legend(fontsize="x-small")
+    return figure
+
+
+def headline(results: Sequence[TaskResults]) -> Figure:
+    """The learning curves of all tasks side by side."""
+    columns = min(len(results), 2)
+    rows = -(-len(results) // columns)
+    figure = Figure(figsize=(5.4 * columns, 3.4 * rows), layout="constrained")
+    every = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, result in zip(every, results, strict=False):
+        curves(result, axes)
+        axes.grid(alpha=0.25)
+        axes.set(title=f"{result.task} ({result.recipe})", xlabel="frames", ylabel="score (0 random, 1 solved)")
+    for axes in list(every)[len(results) :]:
+        axes.set_axis_off()
+    emulated = any(
+        (each["conversion"] or {}).get("backend") == "emulated"
+        for result in results
+        for own in result.records.values()
+        for each in own
+    )
+    note = "; FP8 emulated" if emulated else ""
+    figure.suptitle(f"IQM and 95 % interval over {_seeds(results[0])}{note}")
+    return figure
+
+
+def _stacked(axes: Axes, result: TaskResults, heights: Mapping[str, Sequence[float]]) -> None:
+    below = np.zeros(len(result.runs))
+    for (part, values), colour in zip(heights.items(), SHADES, strict=True):
+        axes.bar(range(len(values)), values, bottom=below, color=colour, label=part, width=0.7)
+        below += np.asarray(values)
+    axes.legend(fontsize="x-small", ncols=3)
+    axes.set_ylim(0, 1.3 * below.max())
+    _mode_ticks(axes, result)
+
+
+def _mode_ticks(axes: Axes, result: TaskResults) -> None:
+    axes.set_xticks(range(len(result.runs)), [mode.replace("-", "-\n", 1) for mode in result.runs], fontsize="small")
+    axes.set_xlim(-0.6, len(result.runs) - 0.4)
+
+
+def _spread(place: int, count: int) -> list[float]:
+    return [place + 0.4 * ((each + 0.5) / count - 0.5) for each in range(count)]
+
+
+def drawn(result: TaskResults) -> dict[str, Any]:
+    """Every figure of a task, by what it is called; those that there are."""
+    figures: dict[str, Any] = {
+        "learning curves": curves(result),
+        "time to solved": time_to_return(result),
+        "time of a frame": speed(result),
+        "memory": memory(result),
+        "loss scale and skipped updates": loss_scale(result),
+    }
+    for mode, own in result.records.items():
+        if any(each["products"].keys() - {"fp32"} for each in own):
+            for measure in ("underflow", "saturation"):
+                figures[f"{measure} in {mode}"] = numbers(result, mode, measure)
+    return {name: figure for name, figure in figures.items() if figure is not None}

@@ -1,0 +1,252 @@
+"""The answer on one page: self-contained HTML that opens from disk, in light and dark, on a desk and on a phone."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import matplotlib as mpl
+import precision_figures
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from precision_records import TaskResults
+from scores import LEVEL, iqm
+from verdicts import MIN_SEEDS
+
+INK = "#010203"
+"""Drawn in this colour, lines and letters take the page's own."""
+STYLE = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fdfdfc; --quiet: #5c5c5c; --line: #d9d9d6; --good: #1b7f3b;
+  --bad: #b3261e; --unsure: #8a6100; --box: #f3f3f0 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e6; --paper: #16171a; --quiet: #a8a8a4; --line: #3a3b3f;
+  --good: #6fce8b; --bad: #ff8a80; --unsure: #e5b95c; --box: #202226 } }
+* { box-sizing: border-box }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
+  max-width: 72rem; padding: 1rem }
+h1 { font-size: 1.6rem; margin: .5rem 0 } h2 { font-size: 1.25rem; margin: 2.2rem 0 .4rem }
+p, li { max-width: 46rem } .quiet { color: var(--quiet) } small { color: var(--quiet) }
+.advice { font-size: 1.05rem; background: var(--box); border-left: 4px solid var(--good); padding: .6rem .9rem;
+  margin: .5rem 0; max-width: 60rem } .advice.unsure { border-color: var(--unsure) }
+.scroll { overflow-x: auto; margin: .5rem 0 } table { border-collapse: collapse; font-size: .9rem; width: 100% }
+th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.equivalent, .better { color: var(--good) } .worse { color: var(--bad) } .cannot { color: var(--unsure) }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem }
+figure { margin: 0 } figure svg { width: 100%; height: auto } figcaption { font-size: .8rem; color: var(--quiet) }
+details { margin: .6rem 0 } summary { cursor: pointer } code { font-size: .85em; overflow-wrap: anywhere }
+a { color: inherit }
+"""
+
+
+def page(results: Sequence[TaskResults], records: Sequence[Mapping[str, Any]], command: str) -> str:
+    """The page.
+
+    Args:
+        results: What the records say of each task.
+        records: All of them, for the raw table and its download.
+        command: What remakes the page.
+    """
+    title = "Which precision should I use?"
+    parts = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{title}</h1>",
+        _summary(results),
+        _all_tasks(results),
+        *(_task(result) for result in results),
+        _how(results[0].margin),
+        _raw(records, command),
+        "</body></html>",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _summary(results: Sequence[TaskResults]) -> str:
+    lines = []
+    for result in results:
+        kind = "advice" if result.verdict.sensitive else "advice unsure"
+        lines.append(f'<p class="{kind}"><b>{_text(result.task)}</b>: {_text(result.verdict.advice)}</p>')
+    return "\n".join(lines)
+
+
+def _all_tasks(results: Sequence[TaskResults]) -> str:
+    if len(results) < 2:
+        return ""
+    figure = _figure(precision_figures.profiles(results), "profiles", "The further to the right, the better.")
+    return f'<h2>All tasks</h2><div class="figures">{figure}</div>'
+
+
+def _task(result: TaskResults) -> str:
+    rows = []
+    for verdict in result.verdict.verdicts:
+        runs, own = result.runs[verdict.mode], result.records[verdict.mode]
+        products = own[0]["products"]
+        shares = ", ".join(f"{share:.0%} {format}" for format, share in sorted(products.items(), key=lambda p: -p[1]))
+        returns = [each["final"]["mean"] for each in own if each["final"]]
+        kind = verdict.kind.split()[0]
+        rows.append(
+            f"<tr><td><b>{_text(verdict.mode)}</b></td>"
+            f'<td class="{kind}">{_text(verdict.words)}</td>'
+            f'<td class="number">{f"{iqm(returns):.1f}" if returns else "-"}</td>'
+            f'<td class="number">{iqm(runs.final):.3f}</td><td class="number">{verdict.speed:.2f}×</td>'
+            f'<td class="number">{verdict.memory:.2f}×</td>'
+            f'<td class="number">{sum(each["skipped_steps"] for each in own)}</td>'
+            f'<td class="number">{verdict.improvement:.2f}</td>'
+            f'<td class="number">{verdict.smallest_margin:.1%}</td><td>{_text(shares)}</td></tr>'
+        )
+    header = (
+        "<tr><th>mode</th><th>verdict</th><th class=number>return</th><th class=number>score</th>"
+        "<th class=number>speed</th><th class=number>memory</th><th class=number>skipped</th>"
+        "<th class=number>P(better)</th><th class=number>resolves</th><th>linear products run in</th></tr>"
+    )
+    seeds = len(next(iter(result.runs.values())).seeds)
+    figures = [
+        _figure(figure, f"{result.task} {name}", _caption(name, seeds))
+        for name, figure in precision_figures.drawn(result).items()
+    ]
+    said = _diagnoses(result)
+    return (
+        f"<h2>{_text(result.task)} <small>({_text(result.recipe)}, {seeds} seeds)</small></h2>"
+        f"<p>{_text(result.sensitive_words)}</p>"
+        f'<div class="scroll"><table>{header}{"".join(rows)}</table></div>{said}'
+        f'<div class="figures">{"".join(figures)}</div>'
+    )
+
+
+def _diagnoses(result: TaskResults) -> str:
+    """What the recorder said of each mode, the most frequent finding."""
+    lines = []
+    for mode, own in result.records.items():
+        found = [each["diagnosis"] for each in own if not each["diagnosis"].startswith("nothing went wrong")]
+        if found:
+            lines.append(
+                f"<li><b>{_text(mode)}</b>, {len(found)} of {len(own)} runs, the first: {_text(found[0])}</li>"
+            )
+    if not lines:
+        return "<p class=quiet>The numbers of no run showed a fault.</p>"
+    return f"<details open><summary>What the layers' numbers showed</summary><ul>{''.join(lines)}</ul></details>"
+
+
+def _caption(name: str, seeds: int) -> str:
+    captions = {
+        "learning curves": "Deterministic evaluations during training. Dotted: solved.",
+        "time to solved": "A dot a seed; lines are medians.",
+        "time of a frame": "FP8 emulated on a CPU is slower; it says nothing of FP8 hardware.",
+        "memory": "Of one update; replay is what is stored at the end.",
+        "loss scale and skipped updates": "A line a seed. Breaks: no update was applied.",
+    }
+    kind = name.split(" in ")[0]
+    words = {
+        "underflow": "The part of each operand that is zero, but not in FP32.",
+        "saturation": "The part of each operand that lies beyond its format.",
+    }
+    return f"{captions.get(name, words.get(kind, ''))} {seeds} seeds."
+
+
+def _how(margin: float) -> str:
+    return f"""<h2>How it is judged</h2><ul>
+<li>A score is 0 at the mean return of random actions and 1 where the task counts as solved. A run that diverges scores
+0 from there on.</li>
+<li><b>Equivalent</b>: on seeds paired with the reference's, two one-sided t-tests show at {LEVEL:.0%} that the mean
+difference lies within ±{margin:.0%} of that scale, both at the end and in the area under the learning curve,
+Holm-corrected over the modes of a task. <b>Worse</b> or <b>better</b>: an exact sign-flip test shows it for one of
+them. Everything else is <b>cannot tell</b>; "resolves" is the smallest margin that these seeds could have called
+equivalent.
+Nothing is claimed with fewer than {MIN_SEEDS} seeds.</li>
+<li>Negative controls are wrong on purpose: fp16-naive keeps weights and optimizer state in FP16 and scales no loss;
+fp8-unscaled casts numbers to FP8 as they come. If none comes out worse, a task cannot tell good precisions from bad.
+</li>
+<li>Speed and memory are medians of ratios to the reference, seed by seed. Speed counts training without evaluations and
+without the recorder of the layers' numbers.</li></ul>"""
+
+
+def _raw(records: Sequence[Mapping[str, Any]], command: str) -> str:
+    header = (
+        "task",
+        "recipe",
+        "mode",
+        "seed",
+        "return",
+        "std",
+        "frames",
+        "updates",
+        "skipped",
+        "seconds",
+        "diverged at",
+    )
+    rows = []
+    for record in sorted(records, key=lambda each: [str(each["run"][name]) for name in ("task", "mode", "seed")]):
+        run = record["run"]
+        if record["failure"] is not None:
+            continue
+        final = record["final"] or {"mean": float("nan"), "std": float("nan")}
+        cells = (
+            *(run[name] for name in ("task", "recipe", "mode", "seed")),
+            f"{final['mean']:.2f}",
+            f"{final['std']:.2f}",
+            *(record[name] for name in ("frames", "updates", "skipped_steps")),
+            f"{record['wall_seconds']:.1f}",
+            "" if record["diverged"] is None else record["diverged"],
+        )
+        rows.append("<tr>" + "".join(f"<td>{_text(str(cell))}</td>" for cell in cells) + "</tr>")
+    kept = [{key: value for key, value in record.items() if key != "numerics"} for record in records]
+    data = base64.b64encode("\n".join(json.dumps(each) for each in kept).encode()).decode()
+    first = records[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    hardware = first["hardware"]
+    machine = ", ".join([hardware["cpu"], *hardware["gpus"]])
+    seconds = median(record["wall_seconds"] for record in records if record["failure"] is None)
+    return (
+        f"<h2>The runs</h2><p>{len(rows)} runs, {seconds:.0f} s each (median). Made on {_text(machine)}, with "
+        f"{_text(versions)}, commit {_text(str(first['commit']))}.</p><p>Remake with <code>{_text(command)}</code></p>"
+        f'<p><a download="precision_modes.jsonl" href="data:application/jsonl;base64,{data}">Download the records</a> '
+        "(without the layers' numbers)</p>"
+        f'<details><summary>All runs</summary><div class="scroll"><table><tr>'
+        f"{''.join(f'<th>{name}</th>' for name in header)}</tr>{''.join(rows)}</table></div></details>"
+    )
+
+
+def _figure(figure: Figure, name: str, caption: str) -> str:
+    """A figure as SVG in the page's colours."""
+    return f"<figure>{svg(figure, name)}<figcaption>{_text(caption)}</figcaption></figure>"
+
+
+def svg(figure: Figure, name: str) -> str:
+    """A figure as an SVG element; its letters are text, and black takes the page's colour.
+
+    Args:
+        figure: The figure.
+        name: Its identifiers are made from this, so that those of different figures on a page differ.
+    """
+    for text in figure.findobj(Text):
+        text.set_color(INK)  # pyright: ignore[reportAttributeAccessIssue]
+    for axes in figure.get_axes():
+        axes.tick_params(colors=INK)
+        axes.patch.set_alpha(0)
+        for spine in axes.spines.values():
+            spine.set_color(INK)
+        legend = axes.get_legend()
+        if legend is not None:
+            legend.get_frame().set_alpha(0)
+    figure.patch.set_alpha(0)
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    found = buffer.getvalue()
+    found = found[found.index("<svg") :].replace(INK, "currentColor")
+    # The drawing scales with the page: its own size in points would not.
+    found = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", found, count=1)
+    found = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", found, count=1)
+    return found.replace("<svg ", f'<svg role="img" aria-label="{html.escape(name, quote=True)}" ', 1)
+
+
+def _text(words: str) -> str:
+    return html.escape(words)

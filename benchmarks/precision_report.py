@@ -1,0 +1,118 @@
+"""From the records of a comparison of precisions to its verdicts, a table, figures and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import precision_figures
+import precision_page
+from precision_records import TaskResults, interval, mode_runs
+from scores import LEVEL, iqm
+from tables import markdown
+from timing import aligned
+from verdicts import TaskVerdict, judge
+
+
+@dataclass(frozen=True)
+class Report:
+    """Shows the records of a comparison (see `resumable.Report`)."""
+
+    reference: str
+    """The mode that others are compared with."""
+    controls: tuple[str, ...]
+    """The modes that must come out worse."""
+    margin: float
+    """Of equivalence."""
+    command: str
+    """What remakes the page."""
+
+    def results(self, records: Mapping[Any, Any]) -> list[TaskResults]:
+        """What the records say of each task; only seeds that every mode has count."""
+        found = []
+        for task, recipe in dict.fromkeys((cell.task, cell.recipe) for cell in records):
+            cells = [cell for cell in records if (cell.task, cell.recipe) == (task, recipe)]
+            modes = list(dict.fromkeys(cell.mode for cell in cells))
+            made = {
+                (cell.mode, cell.seed): records[cell]
+                for cell in cells
+                if records[cell] is not None and records[cell]["failure"] is None
+            }
+            seeds = [seed for seed in sorted({s for _, s in made}) if all((mode, seed) in made for mode in modes)]
+            if not seeds:
+                continue
+            own = {mode: [made[mode, seed] for seed in seeds] for mode in modes}
+            runs = {mode: mode_runs(task, seeds, own[mode]) for mode in modes}
+            verdict = judge(runs, self.reference, self.controls, self.margin)
+            found.append(
+                TaskResults(
+                    task=task,
+                    recipe=recipe,
+                    runs=runs,
+                    records=own,
+                    verdict=verdict,
+                    margin=self.margin,
+                    sensitive_words=_sensitive(verdict),
+                )
+            )
+        return found
+
+    def table(self, records: Mapping[Any, Any], as_markdown: bool = False) -> str:
+        """A row a mode, and a sentence of advice for each task."""
+        header = ("task", "mode", "seeds", "score: IQM", "95 %", "area", "speed", "memory", "p(equiv.)", "verdict")
+        rows, advice = [], []
+        for result in self.results(records):
+            for verdict in result.verdict.verdicts:
+                runs = result.runs[verdict.mode]
+                low, high = interval(runs.final)
+                rows.append(
+                    (
+                        result.task,
+                        verdict.mode,
+                        str(len(runs.seeds)),
+                        f"{iqm(runs.final):.3f}",
+                        f"{low:.3f} to {high:.3f}",
+                        f"{iqm(runs.areas):.3f}",
+                        f"{verdict.speed:.2f}×",
+                        f"{verdict.memory:.2f}×",
+                        "-" if verdict.kind == "reference" else f"{verdict.equivalence:.3f}",
+                        verdict.words,
+                    )
+                )
+            advice.append(f"{result.task}: {result.verdict.advice}")
+        if not rows:
+            return "there is no seed yet that every mode has"
+        shown = markdown(header, rows) if as_markdown else aligned(header, rows)
+        return "\n".join([shown, "", *advice])
+
+    def complaints(self, records: Mapping[Any, Any]) -> list[str]:
+        """Cells that are missing or failed."""
+        wrong = []
+        for cell, record in records.items():
+            name = f"{cell.recipe} on {cell.task} in {cell.mode}, seed {cell.seed}"
+            if record is None:
+                wrong.append(f"{name}: no record")
+            elif record["failure"] is not None:
+                wrong.append(f"{name}: failed: {record['failure']}")
+        return wrong
+
+    def plot(self, records: Mapping[Any, Any], path: Path) -> None:
+        """Write the headline figure (PNG and SVG) and the page beside it."""
+        results = self.results(records)
+        if not results:
+            return
+        for ending in (".png", ".svg"):
+            precision_figures.headline(results).savefig(path.with_suffix(ending), dpi=150)
+        made = [record for record in records.values() if record is not None]
+        page = precision_page.page(results, made, self.command)
+        path.with_suffix(".html").write_text(page, encoding="utf-8")
+
+
+def _sensitive(verdict: TaskVerdict) -> str:
+    if verdict.sensitive is None:
+        return "Without a negative control (and enough seeds) nothing shows that this task can tell."
+    if verdict.sensitive:
+        return f"A negative control came out worse (at {LEVEL:.0%}), as it must: this task can tell."
+    return "No negative control came out worse: this task cannot tell good precisions from bad."

@@ -1,0 +1,203 @@
+"""What a comparison says of each precision on a task, in words that its numbers bear out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from scores import LEVEL, Paired, holm, probability_of_improvement
+
+MIN_SEEDS = 10
+"""With fewer, nothing is claimed."""
+
+Kind = Literal["reference", "equivalent", "worse", "better", "cannot tell"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeRuns:
+    """The runs of a mode on a task; everything in the order of the seeds."""
+
+    seeds: tuple[int, ...]
+    final: tuple[float, ...]
+    """Scores at the end."""
+    areas: tuple[float, ...]
+    """Mean scores over training."""
+    frames_per_second: tuple[float, ...]
+    memory: tuple[float, ...]
+    """Bytes of parameters, gradients, optimizer state, saved activations and replay."""
+    diverged: int = 0
+    """Runs that ended in numbers that are not finite; they score 0 from there on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What is said of a mode."""
+
+    mode: str
+    kind: Kind
+    words: str
+    equivalence: float
+    """Corrected p-value of the test of equivalence, on the score at the end and on the area; the larger."""
+    harm: float
+    """Corrected p-value of the test whether it is worse, on either; the smaller."""
+    smallest_margin: float
+    """The smallest margin that these seeds could have called equivalent, the larger of both; in units of the score."""
+    improvement: float
+    """The probability that a run of it scores above one of the reference."""
+    speed: float
+    """Frames a second in units of the reference's, median over seeds."""
+    memory: float
+    """Memory in units of the reference's, median over seeds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskVerdict:
+    """What is said of a task."""
+
+    verdicts: tuple[Verdict, ...]
+    sensitive: bool | None
+    """Whether a negative control came out worse; None where there was none, or too few seeds to say."""
+    advice: str
+    """Which precision to use, in a sentence."""
+
+
+def judge(runs: Mapping[str, ModeRuns], reference: str, controls: Sequence[str], margin: float) -> TaskVerdict:
+    """Judge the modes of a task against the reference.
+
+    A mode is equivalent if both its score at the end and the area under its learning curve pass the test of equivalence
+    (which needs no correction between the two, for both must pass), worse or better if one of them is by an exact
+    test. Tests of a kind are Holm-corrected over the modes of the task.
+
+    Args:
+        runs: By mode.
+        reference: The mode that the others are compared with.
+        controls: The modes that must come out worse.
+        margin: Of equivalence, in units of the score (from random to solved).
+
+    Raises:
+        ValueError: If the reference is missing, the margin is not positive, or a mode has other seeds.
+    """
+    if reference not in runs:
+        raise ValueError(f"there are no runs of the reference {reference}, only of {', '.join(runs)}")
+    if not margin > 0:
+        raise ValueError(f"margin must be > 0; got {margin}")
+    others = [mode for mode in runs if mode != reference]
+    for mode in others:
+        if runs[mode].seeds != runs[reference].seeds:
+            raise ValueError(f"{mode} and {reference} must have the same seeds: they are compared seed by seed")
+    pairs = {mode: _pairs(runs[mode], runs[reference]) for mode in others}
+    compare = len(runs[reference].seeds) > 1
+    equivalence = holm([max(pair.equivalence(margin) for pair in pairs[mode]) for mode in others] if compare else [])
+    harm = holm([pair.harm() for mode in others for pair in pairs[mode]] if compare else [])
+    gain = holm([pair.gain() for mode in others for pair in pairs[mode]] if compare else [])
+    verdicts = [_of_reference(reference)]
+    for place, mode in enumerate(others):
+        if not compare:
+            verdicts.append(_verdict(mode, runs, reference, pairs[mode], (1.0, 1.0, 1.0), margin))
+            continue
+        both = slice(2 * place, 2 * place + 2)
+        p_values = equivalence[place], min(harm[both]), min(gain[both])
+        verdicts.append(_verdict(mode, runs, reference, pairs[mode], p_values, margin))
+    judged = {verdict.mode: verdict for verdict in verdicts}
+    present = [mode for mode in controls if mode in runs]
+    enough = len(runs[reference].seeds) >= MIN_SEEDS
+    sensitive = any(judged[mode].kind == "worse" for mode in present) if present and enough else None
+    return TaskVerdict(
+        verdicts=tuple(verdicts),
+        sensitive=sensitive,
+        advice=_advice(judged, reference, present, sensitive) if enough else _too_few(len(runs[reference].seeds)),
+    )
+
+
+def _pairs(mode: ModeRuns, reference: ModeRuns) -> tuple[Paired, Paired]:
+    final, areas = (
+        Paired(differences=tuple(a - b for a, b in zip(ours, theirs, strict=True)))
+        for ours, theirs in ((mode.final, reference.final), (mode.areas, reference.areas))
+    )
+    return final, areas
+
+
+def _of_reference(mode: str) -> Verdict:
+    return Verdict(
+        mode=mode,
+        kind="reference",
+        words="the reference",
+        equivalence=0.0,
+        harm=1.0,
+        smallest_margin=0.0,
+        improvement=0.5,
+        speed=1.0,
+        memory=1.0,
+    )
+
+
+def _verdict(
+    mode: str,
+    runs: Mapping[str, ModeRuns],
+    reference: str,
+    pairs: tuple[Paired, Paired],
+    p_values: tuple[float, float, float],
+    margin: float,
+) -> Verdict:
+    own, base = runs[mode], runs[reference]
+    equivalence, harm, gain = p_values
+    alpha, count = 1 - LEVEL, len(own.seeds)
+    name = reference.upper()
+    smallest = max(pair.smallest_margin() for pair in pairs) if count > 1 else float("inf")
+    kind: Kind = "cannot tell"
+    if count < MIN_SEEDS:
+        words = f"cannot tell: {count} seeds, and a claim needs {MIN_SEEDS}"
+    elif equivalence <= alpha:
+        kind, words = "equivalent", f"equivalent to {name} within {margin:.0%}"
+    elif harm <= alpha:
+        mean = min(pair.mean for pair in pairs)
+        kind, words = "worse", f"worse than {name}, by {-mean:.0%} of the way from random to solved"
+    elif gain <= alpha:
+        mean = max(pair.mean for pair in pairs)
+        kind, words = "better", f"better than {name}, by {mean:.0%} of the way from random to solved"
+    else:
+        words = f"cannot tell: these {count} seeds could show equivalence within {smallest:.0%} at best"
+    if own.diverged:
+        words += f"; {own.diverged} of {count} runs diverged"
+    return Verdict(
+        mode=mode,
+        kind=kind,
+        words=words,
+        equivalence=equivalence,
+        harm=harm,
+        smallest_margin=smallest,
+        improvement=probability_of_improvement(own.final, base.final),
+        speed=median(a / b for a, b in zip(own.frames_per_second, base.frames_per_second, strict=True)),
+        memory=median(a / b for a, b in zip(own.memory, base.memory, strict=True)),
+    )
+
+
+def _too_few(count: int) -> str:
+    return f"No advice: {count} seed{'s' if count > 1 else ''}, and a claim needs {MIN_SEEDS}."
+
+
+def _advice(judged: Mapping[str, Verdict], reference: str, controls: Sequence[str], sensitive: bool | None) -> str:
+    """Which precision to use."""
+    if sensitive is False:
+        return (
+            f"No advice: {' and '.join(controls)} should have come out worse and did not, so this task cannot tell "
+            "good precisions from bad."
+        )
+    candidates = [
+        verdict
+        for verdict in judged.values()
+        if verdict.kind in ("reference", "equivalent", "better") and verdict.mode not in controls
+    ]
+    faster = max(candidates, key=lambda verdict: verdict.speed)
+    smaller = min(candidates, key=lambda verdict: verdict.memory)
+    caveat = "" if sensitive else " There was no negative control, so nothing shows that the task can tell."
+    if faster.speed > 1.05 and faster.mode != reference:
+        return f"Use {faster.mode}: {faster.words}, and {faster.speed:.2g}× as fast.{caveat}"
+    if smaller.memory < 0.95 and smaller.mode != reference:
+        return (
+            f"Use {reference} for speed: no precision that keeps its return is faster here. {smaller.mode} is "
+            f"{smaller.words} and takes {smaller.memory:.2g}× the memory.{caveat}"
+        )
+    return f"Use {reference}: no other precision is known to keep its return and be faster or smaller here.{caveat}"
