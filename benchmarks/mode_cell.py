@@ -128,10 +128,11 @@ def train(config: RecipeConfig, mode: str, watch: Watch) -> dict[str, Any]:
         if not _finite(pipeline):
             diverged = report.frames
             break
-        while len(curve) < len(due) and report.frames >= due[len(curve)]:
+        if due and report.frames >= due[0]:
             curve.append((report.frames, _mean(pipeline, judge, watch.episodes, watch.seed)))
+            due = [frames for frames in due if frames > report.frames]
     wall = time.perf_counter() - began
-    curve += [(frames, None) for frames in due[len(curve) :]]
+    curve += [(frames, None) for frames in due]
     final = None
     if diverged is None:
         result = evaluate(pipeline.agent.policy, judge, watch.final_episodes, seed=watch.seed)

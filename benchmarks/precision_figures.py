@@ -122,7 +122,7 @@ def loss_scale(result: TaskResults) -> Figure | None:
 
 
 def numbers(result: TaskResults, mode: str, measure: str) -> Figure | None:
-    """A heat map over layers and updates of the ``underflow`` or ``saturation`` of a mode, the mean over seeds."""
+    """A heat map of a mode's ``underflow`` or ``saturation`` by layer and update, the mean over seeds; None if all 0."""
     samples = [each["numerics"] for each in result.records[mode] if each["numerics"]["values"]]
     if not samples:
         return None
@@ -131,6 +131,8 @@ def numbers(result: TaskResults, mode: str, measure: str) -> Figure | None:
     # [seeds, updates, layers, roles], NaN where a number was not finite
     values = np.array([own["values"][:count] for own in samples], dtype=np.float64)[..., place]
     table = values.mean(0).reshape(count, -1).T
+    if not np.nanmax(table, initial=0.0) > 0:
+        return None
     rows = [f"{place + 1} {role}" for place in range(len(names)) for role in ROLES]
     figure = Figure(figsize=(SIZE[0], 1.6 + 0.16 * len(rows)), layout="constrained")
     axes = figure.subplots()

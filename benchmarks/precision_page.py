@@ -37,7 +37,7 @@ p, li { max-width: 46rem } .quiet { color: var(--quiet) } small { color: var(--q
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .equivalent, .better { color: var(--good) } .worse { color: var(--bad) } .cannot { color: var(--unsure) }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1rem }
 figure { margin: 0 } figure svg { width: 100%; height: auto } figcaption { font-size: .8rem; color: var(--quiet) }
 details { margin: .6rem 0 } summary { cursor: pointer } code { font-size: .85em; overflow-wrap: anywhere }
 a { color: inherit }
@@ -112,7 +112,7 @@ def _task(result: TaskResults) -> str:
         _figure(figure, f"{result.task} {name}", _caption(name, seeds))
         for name, figure in precision_figures.drawn(result).items()
     ]
-    said = _diagnoses(result)
+    said = _diagnoses(result) + _unseen(result)
     return (
         f"<h2>{_text(result.task)} <small>({_text(result.recipe)}, {seeds} seeds)</small></h2>"
         f"<p>{_text(result.sensitive_words)}</p>"
@@ -133,6 +133,17 @@ def _diagnoses(result: TaskResults) -> str:
     if not lines:
         return "<p class=quiet>The numbers of no run showed a fault.</p>"
     return f"<details open><summary>What the layers' numbers showed</summary><ul>{''.join(lines)}</ul></details>"
+
+
+def _unseen(result: TaskResults) -> str:
+    """Which modes have no heat map, since there is nothing to see on it."""
+    drawn = precision_figures.drawn(result)
+    clean = {
+        measure: [mode for mode in result.records if f"{measure} in {mode}" not in drawn]
+        for measure in ("underflow", "saturation")
+    }
+    said = [f"no {measure} in {', '.join(modes)}" for measure, modes in clean.items() if modes]
+    return f"<p class=quiet>Of the operands that were looked at: {_text('; '.join(said))}.</p>" if said else ""
 
 
 def _caption(name: str, seeds: int) -> str:

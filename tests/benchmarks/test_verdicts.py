@@ -1,0 +1,144 @@
+"""Planted cases: a mode that is worse, one that is the same, one with too few seeds, at a ceiling and below zero."""
+
+import numpy as np
+import pytest
+from scores import normalized
+from verdicts import MIN_SEEDS, ModeRuns, judge
+
+CONTROLS = ("fp16-naive", "fp8-unscaled")
+
+
+def runs(final, areas=None, speed=100.0, memory=1000.0, diverged=0):
+    final = tuple(map(float, final))
+    return ModeRuns(
+        seeds=tuple(range(len(final))),
+        final=final,
+        areas=tuple(map(float, areas)) if areas is not None else final,
+        frames_per_second=(speed,) * len(final),
+        memory=(memory,) * len(final),
+        diverged=diverged,
+    )
+
+
+def noisy(mean, spread=0.02, seeds=10, seed=0):
+    return mean + spread * np.random.default_rng(seed).normal(size=seeds)
+
+
+def kinds(found):
+    return {verdict.mode: verdict.kind for verdict in found.verdicts}
+
+
+def test_worse_equivalent_better():
+    found = judge(
+        {
+            "fp32": runs(noisy(0.9, seed=1)),
+            "bf16": runs(noisy(0.9, seed=2), speed=160.0, memory=900.0),
+            "fp16": runs(noisy(1.2, seed=3)),
+            "fp16-naive": runs(noisy(0.1, seed=4), diverged=3),
+        },
+        "fp32",
+        CONTROLS,
+        0.05,
+    )
+    assert kinds(found) == {"fp32": "reference", "bf16": "equivalent", "fp16": "better", "fp16-naive": "worse"}
+    words = {verdict.mode: verdict.words for verdict in found.verdicts}
+    assert words["bf16"] == "equivalent to FP32 within 5%"
+    assert words["fp16-naive"].startswith("worse than FP32, by 8")
+    assert words["fp16-naive"].endswith("; 3 of 10 runs diverged")
+    assert found.sensitive is True
+    assert found.advice == "Use bf16: equivalent to FP32 within 5%, and 1.6× as fast."
+
+
+def test_identical_runs_are_equivalent():
+    same = noisy(0.7, spread=0.3)
+    found = judge({"fp32": runs(same), "bf16": runs(same)}, "fp32", CONTROLS, 0.01)
+    assert kinds(found)["bf16"] == "equivalent"
+
+
+def test_at_the_ceiling():
+    ceiling = np.ones(10)
+    spoiled = ceiling.copy()
+    spoiled[:7] = [0.2, 0.9, 0.5, 0.1, 0.8, 0.3, 0.6]
+    found = judge({"fp32": runs(ceiling), "bf16": runs(ceiling), "fp8": runs(spoiled)}, "fp32", CONTROLS, 0.05)
+    assert kinds(found) == {"fp32": "reference", "bf16": "equivalent", "fp8": "worse"}
+
+
+def test_negative_returns():
+    def of(mean, seed):
+        return runs(normalized("Pendulum-v1", mean + 10 * np.random.default_rng(seed).normal(size=10)))
+
+    found = judge({"fp32": of(-180, 0), "bf16": of(-182, 1), "fp8-unscaled": of(-900, 2)}, "fp32", CONTROLS, 0.05)
+    assert kinds(found) == {"fp32": "reference", "bf16": "equivalent", "fp8-unscaled": "worse"}
+
+
+def test_slower_learning_is_seen_though_the_end_is_the_same():
+    end = noisy(1.0, 0.001)
+    found = judge({"fp32": runs(end, noisy(0.8, seed=5)), "fp8": runs(end, noisy(0.5, seed=6))}, "fp32", CONTROLS, 0.05)
+    assert kinds(found)["fp8"] == "worse"
+
+
+def test_too_few_seeds_tell_nothing():
+    found = judge(
+        {"fp32": runs([1.0] * 9), "bf16": runs([1.0] * 9), "fp16-naive": runs([0.0] * 9)}, "fp32", CONTROLS, 0.05
+    )
+    assert set(kinds(found).values()) == {"reference", "cannot tell"}
+    assert found.verdicts[1].words == f"cannot tell: 9 seeds, and a claim needs {MIN_SEEDS}"
+    assert found.sensitive is None
+    assert found.advice == "No advice: 9 seeds, and a claim needs 10."
+    assert judge({"fp32": runs([1.0]), "bf16": runs([1.0])}, "fp32", (), 0.05).advice.startswith("No advice: 1 seed,")
+
+
+def test_noise_tells_nothing_and_says_what_it_could_resolve():
+    found = judge(
+        {"fp32": runs(noisy(0.5, 0.4, seed=1)), "bf16": runs(noisy(0.5, 0.4, seed=2))}, "fp32", CONTROLS, 0.05
+    )
+    (verdict,) = found.verdicts[1:]
+    assert verdict.kind == "cannot tell"
+    assert verdict.smallest_margin > 0.05
+    assert f"within {verdict.smallest_margin:.0%} at best" in verdict.words
+
+
+def test_a_task_that_cannot_tell_gives_no_advice():
+    same = noisy(1.0)
+    found = judge(
+        {"fp32": runs(same), "bf16": runs(same, speed=300.0), "fp16-naive": runs(same)}, "fp32", CONTROLS, 0.05
+    )
+    assert found.sensitive is False
+    assert found.advice.startswith("No advice: fp16-naive should have come out worse and did not")
+
+
+def test_without_a_control_the_advice_says_so():
+    same = noisy(1.0)
+    found = judge({"fp32": runs(same), "bf16": runs(same, speed=300.0)}, "fp32", CONTROLS, 0.05)
+    assert found.sensitive is None
+    assert found.advice.endswith("There was no negative control, so nothing shows that the task can tell.")
+
+
+def test_a_slower_mode_is_not_advised_for_speed():
+    found = judge(
+        {
+            "fp32": runs(noisy(1.0, seed=1)),
+            "fp8": runs(noisy(1.0, seed=2), speed=20.0, memory=500.0),
+            "fp16-naive": runs(noisy(0.0, seed=3), speed=400.0),
+        },
+        "fp32",
+        CONTROLS,
+        0.05,
+    )
+    assert found.advice == (
+        "Use fp32 for speed: no precision that keeps its return is faster here. fp8 is equivalent to FP32 within 5% "
+        "and takes 0.5× the memory."
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (({"bf16": runs([1.0])}, "fp32", (), 0.05), "no runs of the reference fp32, only of bf16"),
+        (({"fp32": runs([1.0])}, "fp32", (), 0.0), "margin must be > 0"),
+        (({"fp32": runs([1.0]), "bf16": runs([1.0, 2.0])}, "fp32", (), 0.05), "must have the same seeds"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        judge(*arguments)
