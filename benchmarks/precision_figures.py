@@ -122,7 +122,7 @@ def loss_scale(result: TaskResults) -> Figure | None:
 
 
 def numbers(result: TaskResults, mode: str, measure: str) -> Figure | None:
-    """A heat map of a mode's ``underflow`` or ``saturation`` by layer and update, the mean over seeds; None if all 0."""
+    """A heat map of a mode's ``underflow`` or ``saturation`` by layer and update, means over seeds; None if all 0."""
     samples = [each["numerics"] for each in result.records[mode] if each["numerics"]["values"]]
     if not samples:
         return None
