@@ -53,7 +53,7 @@ def curves(result: TaskResults, axes: Axes | None = None) -> Figure | None:
         axes.plot(frames, [iqm(each) for each in scores], color=colour, label=mode, linewidth=1.4)
         axes.fill_between(frames, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.axhline(1, color="gray", linestyle=":", linewidth=1)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(EngFormatter(places=1, sep=""))
     axes.legend(fontsize="x-small", ncols=2)
     return figure
 
@@ -69,7 +69,7 @@ def time_to_return(result: TaskResults) -> Figure:
         axes.plot(_spread(place, len(values)), values, "o", color=colour, markersize=4)
         axes.hlines(median(values), place - 0.3, place + 0.3, color=colour)
     axes.axhline(1.07 * max(known, default=1.0), color="gray", linestyle=":", linewidth=1)
-    axes.annotate("never", (0, never), xytext=(-28, -3), textcoords="offset points", fontsize="small")
+    axes.text(1.01, never, "never", transform=axes.get_yaxis_transform(), va="center", fontsize="small")
     axes.set_ylim(0, 1.25 * max(known, default=1.0))
     _mode_ticks(axes, result)
     return figure
@@ -114,7 +114,7 @@ def loss_scale(result: TaskResults) -> Figure | None:
     scales.set(title=f"{result.task}: loss scale and skipped updates, {_seeds(result)}", ylabel="loss scale")
     scales.set_yscale("log", base=2)
     skips.set(xlabel="environment steps (frames)", ylabel="skipped, in all")
-    skips.xaxis.set_major_formatter(EngFormatter(sep=""))
+    skips.xaxis.set_major_formatter(EngFormatter(places=1, sep=""))
     skips.legend(fontsize="x-small")
     for axes in (scales, skips):
         axes.grid(alpha=0.25)
@@ -142,7 +142,7 @@ def numbers(result: TaskResults, mode: str, measure: str) -> Figure | None:
     )
     axes.set_yticks(range(len(rows)), rows, fontsize=6)
     places = np.linspace(0, count - 1, min(count, 5)).astype(int)
-    axes.set_xticks(places, [EngFormatter(sep="")(frames[place]) for place in places])
+    axes.set_xticks(places, [EngFormatter(places=1, sep="")(frames[place]) for place in places])
     axes.set(xlabel="environment steps (frames)", ylabel="layer", title=f"{mode}: {measure}, {len(samples)} seeds")
     figure.colorbar(image, label="% of elements", shrink=0.8)
     return figure
@@ -160,6 +160,40 @@ def profiles(results: Sequence[TaskResults]) -> Figure:
         axes.step(levels, profile(scores, levels), color=colour, label=mode, linewidth=1.4)
     axes.set_ylim(0, 1.02)
     axes.legend(fontsize="x-small")
+    return figure
+
+
+def width_by_batch(records: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Where each precision pays: the speed of one linear layer over widths and batches, in units of FP32's.
+
+    Args:
+        records: Those of ``linear.py``, made on one machine.
+    """
+    eager = [each for each in records if each["execution"] == "eager" and each["failure"] is None]
+    seconds = {(each["mode"], each["width"], each["batch"]): each["seconds_median"] for each in eager}
+    modes = [mode for mode in dict.fromkeys(mode for mode, _, _ in seconds) if mode not in ("fp32", "tf32")]
+    widths, batches = (sorted({key[place] for key in seconds}) for place in (1, 2))
+    if not modes or ("fp32", widths[0], batches[0]) not in seconds:
+        return None
+    columns = 2
+    rows = -(-len(modes) // columns)
+    figure = Figure(figsize=(SIZE[0], 0.6 + 2.1 * rows), layout="constrained")
+    every = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    for axes, mode in zip(every, modes, strict=False):
+        keys = [[(width, batch) for batch in batches] for width in widths]
+        table = np.array(
+            [[seconds.get(("fp32", *k), math.nan) / seconds.get((mode, *k), math.nan) for k in row] for row in keys]
+        )
+        axes.imshow(np.log2(table), aspect="auto", cmap="RdYlGn", vmin=-3, vmax=3, origin="lower")
+        for row, column in np.ndindex(*table.shape):
+            axes.annotate(f"{table[row, column]:.2g}", (column, row), ha="center", va="center", fontsize=7, color="k")
+        axes.set_xticks(range(len(batches)), [str(each) for each in batches], fontsize="small")
+        axes.set_yticks(range(len(widths)), [str(each) for each in widths], fontsize="small")
+        axes.set_title(mode, fontsize="medium")
+    for axes in every[len(modes) :]:
+        axes.set_axis_off()
+    figure.supxlabel("batch", fontsize="medium")
+    figure.supylabel("width", fontsize="medium")
     return figure
 
 

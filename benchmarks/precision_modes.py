@@ -80,8 +80,10 @@ class Options(resumable.Options):
     """The cores to use, one for each cell that runs; by default all that this process may use."""
     device: str = "cpu"
     """Where to run: cpu or cuda."""
+    layers: str = "benchmarks/results/linear_cpu.jsonl"
+    """Records of linear.py, for the page's map of widths and batches, if there are any."""
     out: str = "benchmarks/results/precision_modes"
-    """Results go to OUT.jsonl (a record a cell, appended), OUT.html and figures OUT-*.svg and .png."""
+    """Results go to OUT.jsonl (a record a cell, appended), OUT.html, and OUT.png and .svg: the learning curves."""
 
     @property
     def workers(self) -> int:
@@ -116,7 +118,9 @@ def main(argv: list[str]) -> int:
         The exit code: 0, 1 if a cell failed, 2 for bad input, 130 after Ctrl-C.
     """
     options = tyro.cli(Options, description=__doc__, args=argv)
-    report = precision_report.Report(options.modes[0], tuple(CONTROLS), options.margin, _command(argv))
+    report = precision_report.Report(
+        options.modes[0], tuple(CONTROLS), options.margin, Path(options.layers), _command(argv)
+    )
     return resumable.conduct(options, jobs_of, report, "every cell is there")
 
 

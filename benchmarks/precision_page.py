@@ -15,9 +15,10 @@ import matplotlib as mpl
 import precision_figures
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from negative_controls import CONTROLS
 from precision_records import TaskResults
 from scores import LEVEL, iqm
-from verdicts import MIN_SEEDS
+from verdicts import MIN_SEEDS, Verdict
 
 INK = "#010203"
 """Drawn in this colour, lines and letters take the page's own."""
@@ -32,9 +33,12 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.6rem; margin: .5rem 0 } h2 { font-size: 1.25rem; margin: 2.2rem 0 .4rem }
 p, li { max-width: 46rem } .quiet { color: var(--quiet) } small { color: var(--quiet) }
 .advice { font-size: 1.05rem; background: var(--box); border-left: 4px solid var(--good); padding: .6rem .9rem;
-  margin: .5rem 0; max-width: 60rem } .advice.unsure { border-color: var(--unsure) }
+  margin: .5rem 0; max-width: 60rem }
+.advice ul { margin: .3rem 0 0; padding-left: 1.2rem; font-size: .92rem }
+.advice.unsure { border-color: var(--unsure) }
 .scroll { overflow-x: auto; margin: .5rem 0 } table { border-collapse: collapse; font-size: .9rem; width: 100% }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+td:nth-child(2) { min-width: 12rem }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .equivalent, .better { color: var(--good) } .worse { color: var(--bad) } .cannot { color: var(--unsure) }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1rem }
@@ -44,12 +48,18 @@ a { color: inherit }
 """
 
 
-def page(results: Sequence[TaskResults], records: Sequence[Mapping[str, Any]], command: str) -> str:
+def page(
+    results: Sequence[TaskResults],
+    records: Sequence[Mapping[str, Any]],
+    layers: Sequence[Mapping[str, Any]],
+    command: str,
+) -> str:
     """The page.
 
     Args:
         results: What the records say of each task.
         records: All of them, for the raw table and its download.
+        layers: Records of ``linear.py``, for the map of widths and batches; empty leaves it out.
         command: What remakes the page.
     """
     title = "Which precision should I use?"
@@ -62,6 +72,7 @@ def page(results: Sequence[TaskResults], records: Sequence[Mapping[str, Any]], c
         _summary(results),
         _all_tasks(results),
         *(_task(result) for result in results),
+        _map(layers),
         _how(results[0].margin),
         _raw(records, command),
         "</body></html>",
@@ -73,8 +84,19 @@ def _summary(results: Sequence[TaskResults]) -> str:
     lines = []
     for result in results:
         kind = "advice" if result.verdict.sensitive else "advice unsure"
-        lines.append(f'<p class="{kind}"><b>{_text(result.task)}</b>: {_text(result.verdict.advice)}</p>')
+        each = "".join(_in_a_line(verdict) for verdict in result.verdict.verdicts if verdict.kind != "reference")
+        said = f"<b>{_text(result.task)}</b>: {_text(result.verdict.advice)}"
+        lines.append(f'<div class="{kind}">{said}<ul>{each}</ul></div>')
     return "\n".join(lines)
+
+
+def _in_a_line(verdict: Verdict) -> str:
+    """Such as "bf16: equivalent to FP32 within 5%, 1.6× the speed, 0.9× the memory"."""
+    kind, costs = verdict.kind.split()[0], f"{verdict.speed:.2g}× the speed, {verdict.memory:.2g}× the memory"
+    control = " (negative control)" if verdict.mode in CONTROLS else ""
+    return (
+        f'<li><b>{_text(verdict.mode)}</b>{control}: <span class="{kind}">{_text(verdict.words)}</span>, {costs}</li>'
+    )
 
 
 def _all_tasks(results: Sequence[TaskResults]) -> str:
@@ -100,7 +122,7 @@ def _task(result: TaskResults) -> str:
             f'<td class="number">{verdict.memory:.2f}×</td>'
             f'<td class="number">{sum(each["skipped_steps"] for each in own)}</td>'
             f'<td class="number">{verdict.improvement:.2f}</td>'
-            f'<td class="number">{verdict.smallest_margin:.1%}</td><td>{_text(shares)}</td></tr>'
+            f'<td class="number">{_resolved(verdict)}</td><td>{_text(shares)}</td></tr>'
         )
     header = (
         "<tr><th>mode</th><th>verdict</th><th class=number>return</th><th class=number>score</th>"
@@ -119,6 +141,12 @@ def _task(result: TaskResults) -> str:
         f'<div class="scroll"><table>{header}{"".join(rows)}</table></div>{said}'
         f'<div class="figures">{"".join(figures)}</div>'
     )
+
+
+def _resolved(verdict: Verdict) -> str:
+    """The smallest margin, where equivalence is the question."""
+    asked = verdict.kind in ("equivalent", "cannot tell") and verdict.smallest_margin < float("inf")
+    return f"{verdict.smallest_margin:.1%}" if asked else "-"
 
 
 def _diagnoses(result: TaskResults) -> str:
@@ -160,6 +188,21 @@ def _caption(name: str, seeds: int) -> str:
         "saturation": "The part of each operand that lies beyond its format.",
     }
     return f"{captions.get(name, words.get(kind, ''))} {seeds} seeds."
+
+
+def _map(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Where each precision pays, over widths and batches."""
+    figure = precision_figures.width_by_batch(layers) if layers else None
+    if figure is None:
+        return ""
+    turns, cpu = len(layers[0]["seconds"]), layers[0]["hardware"]["cpu"]
+    emulated = any("emulated" in each["products"].values() for each in layers)
+    caption = (
+        f"Speed of one linear layer, forward and backward, in units of FP32's: above 1 (green) it pays. Medians of "
+        f"{turns} turns on {', '.join([cpu, *layers[0]['hardware']['gpus']])}; by linear.py."
+        + (" FP8 was emulated, which says nothing of FP8 hardware." if emulated else "")
+    )
+    return f'<h2>Widths and batches</h2><div class="figures">{_figure(figure, "widths and batches", caption)}</div>'
 
 
 def _how(margin: float) -> str:
@@ -237,7 +280,7 @@ def svg(figure: Figure, name: str) -> str:
         figure: The figure.
         name: Its identifiers are made from this, so that those of different figures on a page differ.
     """
-    for text in figure.findobj(Text):
+    for text in figure.findobj(lambda each: isinstance(each, Text) and each.get_color() != "k"):
         text.set_color(INK)  # pyright: ignore[reportAttributeAccessIssue]
     for axes in figure.get_axes():
         axes.tick_params(colors=INK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ class Report:
     """The modes that must come out worse."""
     margin: float
     """Of equivalence."""
+    layers: Path
+    """Records of ``linear.py``, for the map of widths and batches; it need not exist."""
     command: str
     """What remakes the page."""
 
@@ -106,7 +109,8 @@ class Report:
         for ending in (".png", ".svg"):
             precision_figures.headline(results).savefig(path.with_suffix(ending), dpi=150)
         made = [record for record in records.values() if record is not None]
-        page = precision_page.page(results, made, self.command)
+        layers = map(json.loads, self.layers.read_text().splitlines()) if self.layers.exists() else ()
+        page = precision_page.page(results, made, list(layers), self.command)
         path.with_suffix(".html").write_text(page, encoding="utf-8")
 
 
