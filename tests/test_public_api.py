@@ -61,7 +61,7 @@ NAMES = {
     "recipes.PPOConfig": "recipes.ppo",
     "training.flat.FlatParameter": "training.flat",
 }
-PARTS = ["data", "envs", "models", "objectives", "precision", "recipes", "training"]
+PARTS = ["data", "envs", "models", "numerics", "objectives", "precision", "recipes", "training"]
 
 
 def modules():
