@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -138,16 +138,17 @@ def complete(jobs: Mapping[Key, Job], ledger: Ledger, records: dict[Key, Any], w
     done = len(records) - len(missing)
     bar = tqdm(total=len(records), initial=done, unit=" runs", dynamic_ncols=True)
     with bar, ThreadPoolExecutor(workers) as pool:
-        running = {pool.submit(jobs[key].make): key for key in missing}
-        try:
-            for future in as_completed(running):
-                key = running[future]
-                records[key] = ledger.add(jobs[key].run, jobs[key].code, future.result())
+        running: dict[Future[dict[str, Any]], Key] = {}
+        while missing or running:
+            # No more than can run: after a stop, nothing further is begun.
+            while missing and len(running) < workers:
+                key = missing.pop(0)
+                running[pool.submit(jobs[key].make)] = key
                 bar.set_postfix_str(" ".join(map(str, jobs[key].named.values())))
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(future)
+                records[key] = ledger.add(jobs[key].run, jobs[key].code, future.result())
                 bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def outdated(jobs: Mapping[Key, Job], records: Mapping[Key, Any]) -> list[str]:
