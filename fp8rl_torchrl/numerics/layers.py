@@ -186,20 +186,26 @@ def _measured(call: _Call, twin: _Call) -> torch.Tensor:
 
 
 def _compared(value: torch.Tensor, reference: torch.Tensor, cast: Cast | None) -> torch.Tensor:
+    """`MEASURES` of a tensor, in few operations: on small ones each costs more than its arithmetic."""
     value, reference = value.float(), reference.float()
-    over = ~value.isfinite()
-    magnitude = value.abs().amax() if value.numel() else value.new_zeros(())
+    largest_magnitude = torch.linalg.vector_norm(value, float("inf"), dtype=torch.float64)
+    over = broken = _not_finite(value)
     if cast is not None:
         codes, scale = quantize(value, cast)
         # What rounds to the largest number has not been cut off.
-        over = over | ((value * scale).abs() > largest(cast.format) * (1 + 2.0**-5))
+        over = over + torch.count_nonzero((value * scale).abs() > largest(cast.format) * (1 + 2.0**-5))
         value = dequantize(codes, scale)
-    lost = (value == 0) & (reference != 0)
-    noise = (value - reference).square().sum(dtype=torch.float64)
-    counts = lost.sum(), over.sum(), (~value.isfinite()).sum(), (~reference.isfinite()).sum()
-    size = torch.full_like(noise, value.numel())
-    signal = reference.square().sum(dtype=torch.float64)
-    return torch.stack([each.double() for each in (magnitude, *counts, size, noise, signal)])
+        broken = _not_finite(value)
+    lost = torch.count_nonzero(reference * (value == 0))
+    counts = torch.stack([lost, over, broken, _not_finite(reference), torch.full_like(lost, value.numel())])
+    noise, signal = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (value - reference, reference))
+    squares = torch.stack([noise, signal]).square()
+    return torch.cat([largest_magnitude.reshape(1), counts.double(), squares])
+
+
+def _not_finite(x: torch.Tensor) -> torch.Tensor:
+    """The number of elements that are infinite or NaN: those from which subtracting themselves does not leave 0."""
+    return torch.count_nonzero(x - x)
 
 
 def _merged(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
