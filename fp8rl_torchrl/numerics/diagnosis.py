@@ -117,7 +117,7 @@ def _overflow(samples: Sequence[Sample]) -> Diagnosis | None:
             for role, operand in _operands(layer)[:-1]:
                 if operand.saturation > 0:
                     reach = f", up to {operand.amax:.3g}" if math.isfinite(operand.amax) else ""
-                    part = f"{100 * operand.saturation:.2g}% of the {role} of {layer.name}"
+                    part = f"{100 * operand.saturation:.3g}% of the {role} of {layer.name}"
                     words = f"{part} lie beyond {layer.format}, though not in FP32{reach}"
                     return Diagnosis("precision", layer.name, words)
     return None
