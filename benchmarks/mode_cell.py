@@ -47,10 +47,16 @@ class Watch:
     """Of each of them, deterministic, always from the same start states."""
     final_episodes: int = 100
     """Of the one at the end."""
-    record_every: int = 100
+    record_every: int = 25
     """One update in so many is looked at by the recorder."""
     seed: int = 1_000_003
     """Of the episodes."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be done."""
+        for name in ("evaluations", "episodes", "final_episodes", "record_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
 
 
 class Timer:
@@ -107,7 +113,7 @@ def train(config: RecipeConfig, mode: str, watch: Watch) -> dict[str, Any]:
         ``curve`` (frames and mean return), ``final`` (mean, standard deviation, minimum; None where it diverged),
         ``diverged``, ``seconds`` of each part, ``memory`` in bytes by category, ``loss_scale``, ``skipped_steps``,
         ``conversion``, ``products`` (the share of each format in the linear layers' products), ``numerics`` (see
-        `compact`), ``diagnosis``.
+        `compact`), ``nonfinite`` (see `nonfinite_events`), ``diagnosis``.
     """
     keep_freed_memory()
     pipeline = build(config)
@@ -151,6 +157,7 @@ def train(config: RecipeConfig, mode: str, watch: Watch) -> dict[str, Any]:
         "loss_scale": scale[:: max(1, len(scale) // POINTS)],
         "conversion": pipeline.conversion.to_dict() if pipeline.conversion else None,
         "products": products(pipeline),
+        "nonfinite": nonfinite_events(recorder.samples()),
         "numerics": compact(recorder.samples()),
         "diagnosis": str(recorder.diagnose()),
     }
@@ -176,6 +183,22 @@ def compact(samples: Sequence[Sample]) -> dict[str, Any]:
         ],
         "update_survival": [[_digits(layer.update_survival) for layer in sample.layers] for sample in kept],
     }
+
+
+def nonfinite_events(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Where infinities and NaNs were seen: for each layer and role, how many samples, and the first one's frames.
+
+    Returns:
+        ``layer``, ``role``, ``samples`` and ``first_frames``, in the order of the layers.
+    """
+    events: dict[tuple[str, str], dict[str, Any]] = {}
+    for sample in samples:
+        for layer in sample.layers:
+            for role in ROLES:
+                if getattr(layer, role).nonfinite > 0:
+                    fresh = {"layer": layer.name, "role": role, "samples": 0, "first_frames": sample.frames}
+                    events.setdefault((layer.name, role), fresh)["samples"] += 1
+    return list(events.values())
 
 
 def _digits(value: float) -> float | None:

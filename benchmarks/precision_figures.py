@@ -14,6 +14,7 @@ from matplotlib.ticker import EngFormatter
 from mode_cell import MEASURES, PARTS, ROLES
 from precision_records import TaskResults, curve_of, interval, median_seconds, seconds_to
 from scores import iqm, profile
+from verdicts import in_words
 
 MEMORY = ("parameters", "gradients", "optimizer", "activations", "replay")
 SIZE = (5.4, 3.5)
@@ -36,7 +37,7 @@ def _colours(result: TaskResults) -> dict[str, str]:
 
 
 def _seeds(result: TaskResults) -> str:
-    return f"{len(next(iter(result.runs.values())).seeds)} seeds"
+    return in_words(len(next(iter(result.runs.values())).seeds))
 
 
 def curves(result: TaskResults, axes: Axes | None = None) -> Figure | None:
@@ -143,7 +144,7 @@ def numbers(result: TaskResults, mode: str, measure: str) -> Figure | None:
     axes.set_yticks(range(len(rows)), rows, fontsize=6)
     places = np.linspace(0, count - 1, min(count, 5)).astype(int)
     axes.set_xticks(places, [EngFormatter(places=1, sep="")(frames[place]) for place in places])
-    axes.set(xlabel="environment steps (frames)", ylabel="layer", title=f"{mode}: {measure}, {len(samples)} seeds")
+    axes.set(xlabel="environment steps (frames)", ylabel="layer", title=f"{mode}: {measure}, {in_words(len(samples))}")
     figure.colorbar(image, label="% of elements", shrink=0.8)
     return figure
 

@@ -84,6 +84,8 @@ class Options(resumable.Options):
     """Where to run: cpu or cuda."""
     layers: str = "benchmarks/results/linear_cpu.jsonl"
     """Records of linear.py, for the page's map of widths and batches, if there are any."""
+    figures: str | None = None
+    """A folder for every figure of the page as PNG and SVG."""
     out: str = "benchmarks/results/precision_modes"
     """Results go to OUT.jsonl (a record a cell, appended), OUT.html, and OUT.png and .svg: the learning curves."""
 
@@ -121,9 +123,18 @@ def main(argv: list[str]) -> int:
     """
     options = tyro.cli(Options, description=__doc__, args=argv)
     report = precision_report.Report(
-        options.modes[0], tuple(CONTROLS), options.margin, Path(options.layers), _command(argv)
+        reference=options.modes[0],
+        controls=tuple(CONTROLS),
+        margin=options.margin,
+        command=_command(argv),
+        layers=Path(options.layers),
+        figures=None if options.figures is None else Path(options.figures),
     )
-    return resumable.conduct(options, jobs_of, report, "every cell is there")
+    code = resumable.conduct(options, jobs_of, report, "every cell is there")
+    page = Path(options.out).with_suffix(".html")
+    if code != 2 and page.exists():
+        print(f"the answer on one page: {page}")
+    return code
 
 
 def plan(options: Options) -> dict[Cell, RecipeConfig]:

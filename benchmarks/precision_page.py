@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from negative_controls import CONTROLS
 from precision_records import TaskResults
 from scores import LEVEL, iqm
-from verdicts import MIN_SEEDS, Verdict
+from verdicts import MIN_SEEDS, ModeRuns, Verdict, in_words
 
 INK = "#010203"
 """Drawn in this colour, lines and letters take the page's own."""
@@ -121,7 +121,7 @@ def _task(result: TaskResults) -> str:
             f'<td class="number">{iqm(runs.final):.3f}</td><td class="number">{verdict.speed:.2f}×</td>'
             f'<td class="number">{verdict.memory:.2f}×</td>'
             f'<td class="number">{sum(each["skipped_steps"] for each in own)}</td>'
-            f'<td class="number">{verdict.improvement:.2f}</td>'
+            f'<td class="number">{_if_enough(verdict.improvement, verdict, runs)}</td>'
             f'<td class="number">{_resolved(verdict)}</td><td>{_text(shares)}</td></tr>'
         )
     header = (
@@ -136,11 +136,16 @@ def _task(result: TaskResults) -> str:
     ]
     said = _diagnoses(result) + _unseen(result)
     return (
-        f"<h2>{_text(result.task)} <small>({_text(result.recipe)}, {seeds} seeds)</small></h2>"
+        f"<h2>{_text(result.task)} <small>({_text(result.recipe)}, {in_words(seeds)})</small></h2>"
         f"<p>{_text(result.sensitive_words)}</p>"
         f'<div class="scroll"><table>{header}{"".join(rows)}</table></div>{said}'
         f'<div class="figures">{"".join(figures)}</div>'
     )
+
+
+def _if_enough(value: float, verdict: Verdict, runs: ModeRuns) -> str:
+    """A number that means something only against the reference, and with enough seeds."""
+    return "-" if verdict.kind == "reference" or len(runs.seeds) < MIN_SEEDS else f"{value:.2f}"
 
 
 def _resolved(verdict: Verdict) -> str:
@@ -153,13 +158,16 @@ def _diagnoses(result: TaskResults) -> str:
     """What the recorder said of each mode, the most frequent finding."""
     lines = []
     for mode, own in result.records.items():
+        skipped, applied = (sum(each[name] for each in own) for name in ("skipped_steps", "updates"))
+        if skipped > applied:
+            lines.append(f"<li><b>{_text(mode)}</b>: {skipped:,} of {skipped + applied:,} updates were skipped</li>")
         found = [each["diagnosis"] for each in own if not each["diagnosis"].startswith("nothing went wrong")]
         if found:
             lines.append(
                 f"<li><b>{_text(mode)}</b>, {len(found)} of {len(own)} runs, the first: {_text(found[0])}</li>"
             )
     if not lines:
-        return "<p class=quiet>The numbers of no run showed a fault.</p>"
+        return "<p class=quiet>The updates that were looked at showed no fault.</p>"
     return f"<details open><summary>What the layers' numbers showed</summary><ul>{''.join(lines)}</ul></details>"
 
 
@@ -170,8 +178,11 @@ def _unseen(result: TaskResults) -> str:
         measure: [mode for mode in result.records if f"{measure} in {mode}" not in drawn]
         for measure in ("underflow", "saturation")
     }
+    names = next(iter(result.records.values()))[0]["numerics"]["layers"]
+    listed = ", ".join(f"{place + 1} {name}" for place, name in enumerate(names))
     said = [f"no {measure} in {', '.join(modes)}" for measure, modes in clean.items() if modes]
-    return f"<p class=quiet>Of the operands that were looked at: {_text('; '.join(said))}.</p>" if said else ""
+    clean_words = f"Of the operands that were looked at: {'; '.join(said)}. " if said else ""
+    return f"<p class=quiet>{_text(clean_words)}Layers: {_text(listed)}.</p>"
 
 
 def _caption(name: str, seeds: int) -> str:
@@ -187,7 +198,7 @@ def _caption(name: str, seeds: int) -> str:
         "underflow": "The part of each operand that is zero, but not in FP32.",
         "saturation": "The part of each operand that lies beyond its format.",
     }
-    return f"{captions.get(name, words.get(kind, ''))} {seeds} seeds."
+    return f"{captions.get(name, words.get(kind, ''))} {in_words(seeds).capitalize()}."
 
 
 def _map(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -223,19 +234,8 @@ without the recorder of the layers' numbers.</li></ul>"""
 
 
 def _raw(records: Sequence[Mapping[str, Any]], command: str) -> str:
-    header = (
-        "task",
-        "recipe",
-        "mode",
-        "seed",
-        "return",
-        "std",
-        "frames",
-        "updates",
-        "skipped",
-        "seconds",
-        "diverged at",
-    )
+    counts = ("frames", "updates", "skipped", "wall s, with evaluations", "diverged at")
+    header = ("task", "recipe", "mode", "seed", "return", "std", *counts)
     rows = []
     for record in sorted(records, key=lambda each: [str(each["run"][name]) for name in ("task", "mode", "seed")]):
         run = record["run"]

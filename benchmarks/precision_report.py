@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import precision_figures
 import precision_page
+from matplotlib.figure import Figure
 from precision_records import TaskResults, interval, mode_runs
 from scores import LEVEL, iqm
 from tables import markdown
 from timing import aligned
-from verdicts import TaskVerdict, judge
+from verdicts import MIN_SEEDS, TaskVerdict, judge
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Shows the records of a comparison (see `resumable.Report`)."""
 
@@ -27,10 +28,12 @@ class Report:
     """The modes that must come out worse."""
     margin: float
     """Of equivalence."""
-    layers: Path
-    """Records of ``linear.py``, for the map of widths and batches; it need not exist."""
     command: str
     """What remakes the page."""
+    layers: Path
+    """Records of ``linear.py``, for the map of widths and batches; it need not exist."""
+    figures: Path | None = None
+    """A folder for every figure of the page."""
 
     def results(self, records: Mapping[Any, Any]) -> list[TaskResults]:
         """What the records say of each task; only seeds that every mode has count."""
@@ -64,23 +67,24 @@ class Report:
 
     def table(self, records: Mapping[Any, Any], as_markdown: bool = False) -> str:
         """A row a mode, and a sentence of advice for each task."""
-        header = ("task", "mode", "seeds", "score: IQM", "95 %", "area", "speed", "memory", "p(equiv.)", "verdict")
+        header = ("task", "mode", "seeds", "score: IQM", "95 %", "area", "speed", "memory", "p, equivalence", "verdict")
         rows, advice = [], []
         for result in self.results(records):
             for verdict in result.verdict.verdicts:
                 runs = result.runs[verdict.mode]
                 low, high = interval(runs.final)
+                few = len(runs.seeds) < MIN_SEEDS
                 rows.append(
                     (
                         result.task,
                         verdict.mode,
                         str(len(runs.seeds)),
                         f"{iqm(runs.final):.3f}",
-                        f"{low:.3f} to {high:.3f}",
+                        "-" if len(runs.seeds) == 1 else f"{low:.3f} to {high:.3f}",
                         f"{iqm(runs.areas):.3f}",
                         f"{verdict.speed:.2f}×",
                         f"{verdict.memory:.2f}×",
-                        "-" if verdict.kind == "reference" else f"{verdict.equivalence:.3f}",
+                        "-" if few or verdict.kind == "reference" else f"{verdict.equivalence:.3f}",
                         verdict.words,
                     )
                 )
@@ -112,11 +116,22 @@ class Report:
         layers = map(json.loads, self.layers.read_text().splitlines()) if self.layers.exists() else ()
         page = precision_page.page(results, made, list(layers), self.command)
         path.with_suffix(".html").write_text(page, encoding="utf-8")
+        if self.figures is not None:
+            self.figures.mkdir(parents=True, exist_ok=True)
+            for name, figure in _figures(results).items():
+                for ending in ("png", "svg"):
+                    figure.savefig(self.figures / f"{name.replace(' ', '_')}.{ending}", dpi=150)
+
+
+def _figures(results: Sequence[TaskResults]) -> dict[str, Figure]:
+    """Every figure of the tasks, by a name of its own."""
+    drawn = {f"{each.task} {name}": f for each in results for name, f in precision_figures.drawn(each).items()}
+    return drawn | {"all tasks profiles": precision_figures.profiles(results)}
 
 
 def _sensitive(verdict: TaskVerdict) -> str:
     if verdict.sensitive is None:
-        return "Without a negative control (and enough seeds) nothing shows that this task can tell."
+        return "Nothing shows that this task can tell: that takes a negative control, and enough seeds."
     if verdict.sensitive:
         return f"A negative control came out worse (at {LEVEL:.0%}), as it must: this task can tell."
     return "No negative control came out worse: this task cannot tell good precisions from bad."

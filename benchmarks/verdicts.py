@@ -148,7 +148,7 @@ def _verdict(
     smallest = max(pair.smallest_margin() for pair in pairs) if count > 1 else float("inf")
     kind: Kind = "cannot tell"
     if count < MIN_SEEDS:
-        words = f"cannot tell: {count} seeds, and a claim needs {MIN_SEEDS}"
+        words = f"cannot tell: {in_words(count)}, and a claim needs {MIN_SEEDS}"
     elif equivalence <= alpha:
         kind, words = "equivalent", f"equivalent to {name} within {margin:.0%}"
     elif harm <= alpha:
@@ -175,7 +175,12 @@ def _verdict(
 
 
 def _too_few(count: int) -> str:
-    return f"No advice: {count} seed{'s' if count > 1 else ''}, and a claim needs {MIN_SEEDS}."
+    return f"No advice: {in_words(count)}, and a claim needs {MIN_SEEDS}."
+
+
+def in_words(seeds: int) -> str:
+    """Such as ``1 seed`` or ``10 seeds``."""
+    return f"{seeds} seed{'' if seeds == 1 else 's'}"
 
 
 def _advice(judged: Mapping[str, Verdict], reference: str, controls: Sequence[str], sensitive: bool | None) -> str:

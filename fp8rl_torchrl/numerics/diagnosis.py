@@ -65,7 +65,8 @@ def diagnose(samples: Sequence[Sample], extremes: Mapping[str, float], reward_sc
         found = examine(samples)
         if found is not None:
             return found
-    return Diagnosis("none", None, f"nothing went wrong in the {len(samples)} updates that were looked at")
+    looked = "the one update that was" if len(samples) == 1 else f"the {len(samples)} updates that were"
+    return Diagnosis("none", None, f"nothing went wrong in {looked} looked at")
 
 
 def _data(extremes: Mapping[str, float], reward_scale: float) -> Diagnosis | None:

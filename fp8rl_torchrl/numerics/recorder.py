@@ -98,7 +98,7 @@ class Recorder:
         >>> recorder = Recorder(every=1).attach(pipeline)
         >>> reports = list(pipeline)
         >>> print(recorder.diagnose())
-        nothing went wrong in the 1 updates that were looked at
+        nothing went wrong in the one update that was looked at
     """
 
     def __init__(self, every: int = 100) -> None:
@@ -123,11 +123,14 @@ class Recorder:
 
         Raises:
             RuntimeError: If the recorder is attached already, or another one looks on.
+            TypeError: If it is no pipeline.
         """
+        if not hasattr(pipeline, "observer"):
+            raise TypeError(f"attach takes a fp8rl_torchrl.Pipeline; got a {type(pipeline).__name__}")
         if self._pipeline is not None:
             raise RuntimeError("this recorder is attached to a pipeline already: make another one, or detach it first")
         if pipeline.observer is not None:
-            raise RuntimeError("the pipeline has an observer already: detach that one first")
+            raise RuntimeError("the pipeline has a recorder (or another observer) already: detach that one first")
         self._pipeline = pipeline
         self._names = names_of(pipeline.agent, pipeline.loss)
         pipeline.observer = self

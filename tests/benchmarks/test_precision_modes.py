@@ -69,6 +69,7 @@ def test_a_record_says_all_about_a_cell():
     assert record["memory"]["parameters"] >= 4 * weights
     assert record["memory"]["activations"] > 2 * 256 * 64 * 4  # two layers' outputs of a batch of 256
     assert record["products"] == {"fp32": 1.0}
+    assert record["nonfinite"] == []
     assert len(record["numerics"]["values"][0]) == len(record["numerics"]["layers"]) == 4
     json.dumps(record, allow_nan=False)
 
@@ -86,6 +87,8 @@ def test_a_naive_fp16_run_goes_wrong():
     record = cell("fp16-naive")
     assert record["skipped_steps"] > 5 or record["diverged"] is not None
     assert "went wrong" in record["diagnosis"]
+    assert record["nonfinite"]
+    assert {event["role"] for event in record["nonfinite"]} <= {"activation", "weight", "output", "gradient"}
 
 
 @pytest.mark.usefixtures("_restored")
@@ -123,7 +126,10 @@ def test_a_killed_comparison_equals_an_uninterrupted_one(tmp_path):
     killed.kill()
     killed.communicate()
     before = records.read_text()
-    assert subprocess.run(comparison(tmp_path / "killed"), capture_output=True, check=False).returncode == 0
+    again = comparison(tmp_path / "killed", "--figures", str(tmp_path / "figures"))
+    assert subprocess.run(again, capture_output=True, check=False).returncode == 0
+    assert (tmp_path / "figures/CartPole-v1_learning_curves.svg").exists()
+    assert (tmp_path / "figures/all_tasks_profiles.png").exists()
     assert records.read_text().startswith(before)  # nothing was made twice
     assert results(records) == results(tmp_path / "whole.jsonl")
     check_page((tmp_path / "whole.html").read_text(), modes=("fp32", "bf16", "fp16-naive"))
@@ -182,6 +188,7 @@ def test_time_to_a_score_is_training_alone():
         (["--recipes", "a2c", "--batch", "64"], "has no --batch"),
         (["--margin", "0"], "margin must be > 0"),
         (["--seeds", "0"], "seeds must be >= 1"),
+        (["--watch.record-every", "0"], "record_every must be >= 1; got 0"),
         (["--cores", "4711"], "cores \\[4711\\] cannot be used here"),
     ],
 )

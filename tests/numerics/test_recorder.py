@@ -159,6 +159,11 @@ def test_samples_can_be_written_as_json():
     assert json.loads(json.dumps(sample, allow_nan=False))["layers"][0]["name"]
 
 
+def test_only_a_pipeline_can_be_attached_to():
+    with pytest.raises(TypeError, match=r"attach takes a fp8rl_torchrl\.Pipeline; got a int"):
+        Recorder().attach(3)
+
+
 @pytest.mark.parametrize("every", [0, -1, 1.5, True])
 def test_every_must_be_a_positive_integer(every):
     with pytest.raises(ValueError, match="every must be an integer >= 1"):
@@ -170,7 +175,7 @@ def test_one_recorder_looks_on_at_one_pipeline():
     recorder = Recorder().attach(pipeline)
     with pytest.raises(RuntimeError, match="attached"):
         recorder.attach(build())
-    with pytest.raises(RuntimeError, match="observer already"):
+    with pytest.raises(RuntimeError, match="already: detach that one first"):
         Recorder().attach(pipeline)
     recorder.detach()
     assert pipeline.observer is None
