@@ -69,6 +69,7 @@ class Timer:
     def __init__(self, inner: Recorder, device: str) -> None:
         self.inner, self.device = inner, device
         self.seconds: dict[str, float] = {"collect": 0.0, "replay": 0.0, "update": 0.0, "look": 0.0}
+        self.updates = self.looked = 0
         self.rollout: TensorDictBase | None = None
         self.batch: TensorDictBase | None = None
         self._last = self._now()
@@ -90,6 +91,8 @@ class Timer:
         due = self.inner.due
         losses = self.inner.update(step, batch)
         self._spend("look" if due else "update")
+        self.updates += 1
+        self.looked += due
         self.batch = batch
         return losses
 
@@ -227,17 +230,22 @@ def _mean(pipeline: Pipeline, judge: Any, episodes: int, seed: int) -> float | N
 
 
 def _parts(pipeline: Pipeline, timer: Timer) -> dict[str, float]:
-    """Seconds of `PARTS`; the policy's are measured apart, on as many calls; the rest of collecting is the env's."""
+    """Seconds of `PARTS`, and of the recorder.
+
+    The policy's are measured apart, eagerly, on as many calls, which is too much where a collector compiles it; the
+    rest of collecting is the env's. Updates that were looked at are taken to have lasted as long as the others.
+    """
     spent = timer.seconds
+    update = spent["update"] * timer.updates / max(1, timer.updates - timer.looked)
     other = max(0.0, pipeline.seconds - sum(spent.values())) if pipeline.seconds else 0.0
     policy = min(_policy_seconds(pipeline, timer.rollout), spent["collect"])
     return {
         "env": spent["collect"] - policy,
         "policy": policy,
         "replay": spent["replay"],
-        "update": spent["update"],
+        "update": update,
         "other": other,
-        "recorder": spent["look"],
+        "recorder": spent["look"] - (update - spent["update"]),
     }
 
 
@@ -247,21 +255,15 @@ def _policy_seconds(pipeline: Pipeline, rollout: TensorDictBase | None) -> float
         return 0.0
     policy: Any = getattr(pipeline.collector, "policy", None) or pipeline.agent.policy
     observed = rollout.select("observation").reshape(-1)[: rollout.shape[0]].contiguous()
-    program: Any = policy
-    config: Any = pipeline.config
-    if config.compile == "on" and config.collector == "fused":
-        program = torch.compile(policy)
     calls = pipeline.frames / observed.shape[0]
+    config: Any = pipeline.config
     with set_exploration_type(ExplorationType.RANDOM):  # pyright: ignore[reportArgumentType]
-        try:
-            for _ in range(3):
-                program(observed.copy())
-        except Exception:
-            program = policy
+        for _ in range(3):
+            policy(observed.copy())
         timed = 50
         began = time.perf_counter()
         for _ in range(timed):
-            program(observed.copy())
+            policy(observed.copy())
         if config.device.startswith("cuda"):
             torch.cuda.synchronize()
     return (time.perf_counter() - began) / timed * calls
