@@ -132,8 +132,7 @@ def train(config: RecipeConfig, mode: str, watch: Watch) -> dict[str, Any]:
     began, diverged = time.perf_counter(), None
     for report in _reports(pipeline, timer):
         scales = [value for name, value in report.metrics.items() if name.startswith("loss_scale")]
-        smallest = min(scales, default=1.0)  # NaN where no update was applied
-        scale.append((report.frames, smallest if math.isfinite(smallest) else None, report.skipped_steps))
+        scale.append((report.frames, min(scales, default=None), report.skipped_steps))
         if not _finite(pipeline):
             diverged = report.frames
             break

@@ -191,7 +191,7 @@ def _caption(name: str, seeds: int) -> str:
         "time to solved": "A dot a seed; lines are medians.",
         "time of a frame": "FP8 emulated on a CPU is slower; it says nothing of FP8 hardware.",
         "memory": "Of one update; replay is what is stored at the end.",
-        "loss scale and skipped updates": "A line a seed. Breaks: no update was applied.",
+        "loss scale and skipped updates": "A line a seed. Gaps: learning had not begun.",
     }
     kind = name.split(" in ")[0]
     words = {

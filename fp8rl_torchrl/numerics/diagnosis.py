@@ -22,6 +22,8 @@ LEAST_SNR = 3.0
 """Signal-to-noise ratio in dB under which an operand says more about rounding than about the data."""
 LEAST_SURVIVAL = 0.5
 """The part of the intended change that must arrive."""
+MOST_LOST_MOMENTS = 0.01
+"""The part of Adam's second moments that may be zero though the first is not: in FP32 none is."""
 MOST_SKIPPED = 0.5
 """The part of the updates that may be skipped."""
 
@@ -61,7 +63,8 @@ def diagnose(samples: Sequence[Sample], extremes: Mapping[str, float], reward_sc
         found = check(extremes, reward_scale)
         if found is not None:
             return found
-    for examine in (_fp32, _large_weights, _overflow, _no_gradient, _scaler, _underflow, _noise, _lost_updates):
+    examined = (_moments, _fp32, _large_weights, _overflow, _no_gradient, _scaler, _underflow, _noise, _lost_updates)
+    for examine in examined:
         found = examine(samples)
         if found is not None:
             return found
@@ -82,6 +85,19 @@ def _reward(extremes: Mapping[str, float], reward_scale: float) -> Diagnosis | N
         return None
     words = f"a reward of {largest:.3g} is learned from, beyond {LARGEST_REWARD:g}; scale or clip rewards"
     return Diagnosis("task", None, words)
+
+
+def _moments(samples: Sequence[Sample]) -> Diagnosis | None:
+    # Before what FP32 shows: the weights that it is given have made steps that were divided by nothing.
+    for sample in samples:
+        for layer in sample.layers:
+            if layer.lost_moments > MOST_LOST_MOMENTS:
+                words = (
+                    f"{layer.lost_moments:.0%} of the optimizer's second moments of {layer.name} vanish, so that its "
+                    "steps are far too large; keep the optimizer's state in FP32"
+                )
+                return Diagnosis("precision", layer.name, words)
+    return None
 
 
 def _fp32(samples: Sequence[Sample]) -> Diagnosis | None:

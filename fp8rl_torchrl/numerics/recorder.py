@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 
 from fp8rl_torchrl.numerics.diagnosis import Diagnosis, diagnose
 from fp8rl_torchrl.numerics.layers import MEASURES, ROLES, Look, look, names_of
-from fp8rl_torchrl.numerics.survival import watched
+from fp8rl_torchrl.numerics.survival import Stepped, watched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,9 @@ class LayerNumbers:
     update_survival: float
     """The part of the intended change of its weight that was applied, from 0 to 1; NaN where none was intended, or
     where it could not be seen because the update was replayed from a CUDA graph."""
+    lost_moments: float
+    """The part of Adam's second moments that is zero though the first is not, from 0 to 1; NaN where it could not be
+    seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +110,7 @@ class Recorder:
         self.every = every
         self._pipeline: Any = None
         self._calls = 0
-        self._pending: list[tuple[int, int, Look, dict[str, torch.Tensor], TensorDict]] = []
+        self._pending: list[tuple[int, int, Look, dict[str, Stepped], TensorDict]] = []
         self._samples: list[Sample] = []
         self._extremes: dict[str, torch.Tensor] = {}
         self._names: dict[int, str] = {}
@@ -215,12 +218,12 @@ def _scale_of(scaler: Any, device: torch.device) -> torch.Tensor:
     return scaler.scale(torch.ones((), device=device))
 
 
-def _layers(found: Look, survived: Mapping[str, torch.Tensor]) -> list[LayerNumbers]:
+def _layers(found: Look, survived: Mapping[str, Stepped]) -> list[LayerNumbers]:
     layers = []
     for name, format, rows in zip(found.names, found.formats, found.measures.tolist(), strict=True):
         operands: dict[str, Any] = {role: _operand(row) for role, row in zip(ROLES, rows, strict=True)}
-        survival = float(survived[name]) if name in survived else math.nan
-        layers.append(LayerNumbers(name=name, format=format, update_survival=survival, **operands))
+        survival, lost = map(float, survived[name]) if name in survived else (math.nan, math.nan)
+        layers.append(LayerNumbers(name=name, format=format, update_survival=survival, lost_moments=lost, **operands))
     return layers
 
 

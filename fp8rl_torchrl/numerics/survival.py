@@ -1,16 +1,26 @@
-"""How much of the change that an optimizer intends arrives in the weights."""
+"""How much of the change that an optimizer intends arrives in the weights, and whether its moments hold."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 
+class Stepped(NamedTuple):
+    """A layer's weight in one step, float64 ``[]`` each, on the device."""
+
+    survival: torch.Tensor
+    """The part of the intended change that arrived: 0 for a step that was skipped, NaN where no change was
+    intended."""
+    lost_moments: torch.Tensor
+    """The part of Adam's second moments that is zero though the first is not; 0 for other optimizers."""
+
+
 @contextlib.contextmanager
-def watched(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[int, str]) -> Iterator[dict[str, Any]]:
+def watched(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[int, str]) -> Iterator[dict[str, Stepped]]:
     r"""Measure the steps that optimizers make inside the block.
 
     The intended change :math:`d` is what the same optimizer does, from the same state and with the same gradients, in
@@ -22,10 +32,10 @@ def watched(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[int, str
         names: The name of each layer by the memory of its weight.
 
     Yields:
-        A dictionary that holds, after the block, a float64 ``[]`` for each layer that was stepped, on the device: 0 for
-        a step that was skipped, NaN where no change was intended. A step replayed from a CUDA graph is not seen.
+        A dictionary that holds, after the block, each layer that was stepped. A step replayed from a CUDA graph is not
+        seen.
     """
-    survived: dict[str, torch.Tensor] = {}
+    survived: dict[str, Stepped] = {}
     pending: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
     @torch.no_grad()
@@ -37,12 +47,14 @@ def watched(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[int, str
         starts, changes = pending.pop(id(optimizer))
         for parameter, start, intended in zip(_stepped(optimizer), starts, changes, strict=True):
             change = parameter.detach().double() - start
+            state = optimizer.state.get(parameter, {})
             for name, (first, count) in _segments(parameter, names).items():
                 part = slice(first, first + count)
                 wanted, shown = intended.reshape(-1)[part], change.reshape(-1)[part]
                 square = wanted @ wanted
                 # A step that is skipped for a gradient that is not finite intends what nobody knows: nothing arrives.
-                survived[name] = torch.where(square.isfinite(), (shown @ wanted) / square, 0.0)
+                survival = torch.where(square.isfinite(), (shown @ wanted) / square, 0.0)
+                survived[name] = Stepped(survival, _lost_moments(state, part, wanted))
 
     handles = []
     for optimizer in optimizers:
@@ -81,6 +93,14 @@ def _intended(optimizer: torch.optim.Optimizer) -> tuple[list[torch.Tensor], lis
         }
     exact.step()
     return starts, [each - start for each, start in zip(twins, starts, strict=True)]
+
+
+def _lost_moments(state: Mapping[str, Any], part: slice, like: torch.Tensor) -> torch.Tensor:
+    """See `Stepped`: such a weight's next step is divided by nothing but epsilon."""
+    if "exp_avg_sq" not in state:
+        return like.new_zeros(())
+    first, second = (state[name].reshape(-1)[part] for name in ("exp_avg", "exp_avg_sq"))
+    return torch.count_nonzero((second == 0) * first) / like.new_tensor(like.numel())
 
 
 def _copied(value: Any) -> Any:

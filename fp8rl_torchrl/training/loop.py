@@ -39,7 +39,7 @@ class LoopConfig:
     episodes: int = 2000
     """Train until this many episodes have ended. Not used if total_frames is given."""
     total_frames: int | None = None
-    """Train for this many environment steps instead."""
+    """Train for this many environment steps instead, rounded up to whole collections."""
     updates_per_collection: int = 24
     """Optimizer steps after each collection."""
     min_replay: int = 1000
@@ -73,8 +73,9 @@ class Report:
     episode_length: float
     """Mean length of the last 100 episodes, in steps; NaN before the first ends."""
     metrics: Mapping[str, float]
-    """Means over the applied updates of what the loss and the step returned, and how far the learner's policy was from
-    the one that collected (see `fp8rl_torchrl.training.rollout_gap`); empty before learning starts."""
+    """Means over the applied updates of what the loss and the step returned (over all of them of ``skipped`` and
+    ``loss_scale``), and how far the learner's policy was from the one that collected (see
+    `fp8rl_torchrl.training.rollout_gap`); empty before learning starts."""
     skipped_steps: int
     """Optimizer steps skipped for a non-finite loss or gradient since the start."""
 
@@ -294,8 +295,10 @@ def _mean_over_applied(updates: list[TensorDict]) -> dict[str, float]:
     rows = [dict(zip(names, row, strict=True)) for row in table.reshape(-1, len(names)).tolist()]
     skipped = [name for name in names if name.startswith("skipped")]
     applied = [row for row in rows if not any(row[name] for name in skipped)]
+    # Where every update was skipped, the loss scale says why.
+    scaling = [*skipped, *(name for name in names if name.startswith("loss_scale"))]
     means = {name: _mean([row[name] for row in applied]) for name in names}
-    return means | {name: _mean([row[name] for row in rows]) for name in skipped}
+    return means | {name: _mean([row[name] for row in rows]) for name in scaling}
 
 
 def _mean(values: list[float]) -> float:

@@ -135,5 +135,23 @@ def test_gradients_that_vanish_in_unscaled_fp16_are_named():
     assert "vanish in fp16 (the loss scale is 6.1e-05)" in str(found)
 
 
+@pytest.mark.parametrize(("low", "cause"), [(torch.float16, "precision"), (torch.bfloat16, "none")])
+def test_an_optimizer_whose_state_underflows_is_named(low, cause):
+    pipeline = build("ppo", precision="fp16", total_frames=2048)
+    (optimizer,) = pipeline.step.optimizers.values()
+
+    def store(optimizer, args, kwargs):
+        for state in optimizer.state.values():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment].copy_(state[moment].to(low))
+
+    optimizer.register_step_post_hook(store)
+    found = diagnosed(pipeline)
+    assert found.cause == cause, found
+    if cause == "precision":
+        assert found.layer in layers_of(pipeline)
+        assert "of the optimizer's second moments of" in str(found)
+
+
 def test_nothing_seen_is_not_called_healthy():
     assert "nothing was seen" in str(diagnose([], {}))

@@ -22,7 +22,7 @@ def survival(weights, gradients, lr, low=True):
     weight.grad = torch.tensor(gradients)
     with watched([optimizer], {weight.data_ptr(): "layer"}) as survived:
         optimizer.step()
-    return survived["layer"].item()
+    return survived["layer"].survival.item()
 
 
 # BF16 numbers are 2^-8 apart below 1.
@@ -51,7 +51,7 @@ def test_nothing_survives_of_a_skipped_step():
     weight.grad = torch.tensor([1.0, float("inf")])
     with watched([optimizer], {weight.data_ptr(): "layer"}) as survived:
         optimizer.step()
-    assert survived["layer"].item() == 0.0
+    assert survived["layer"].survival.item() == 0.0
     assert torch.equal(weight, torch.ones(2))
 
 
@@ -69,7 +69,7 @@ def test_layers_are_found_in_a_flat_parameter():
     flat.grad = torch.ones_like(flat)
     with watched([optimizer], names) as survived:
         optimizer.step()
-    assert {name: each.item() for name, each in survived.items()} == pytest.approx(
+    assert {name: each.survival.item() for name, each in survived.items()} == pytest.approx(
         {"first": 1.0, "second": 0.0}, abs=1e-6
     )
 
@@ -87,3 +87,21 @@ def test_the_state_of_the_optimizer_is_left_alone():
         found.append([weight.detach(), *optimizer.state[weight].values()])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+# 0.001 times the square of a gradient of 2^-8 is 1.5e-8, a quarter of FP16's smallest number; of 1, it is 0.001.
+@pytest.mark.parametrize(("stored", "expected"), [(torch.float16, 0.25), (torch.float32, 0.0)])
+def test_second_moments_that_vanish_are_counted(stored, expected):
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.Adam([weight], fused=True)
+
+    def store(optimizer, args, kwargs):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state = optimizer.state[weight]
+            state[moment].copy_(state[moment].to(stored))
+
+    optimizer.register_step_post_hook(store)
+    weight.grad = torch.tensor([1.0, 2.0**-8, 0.0, 1.0])  # where none was given, none is lost
+    with watched([optimizer], {weight.data_ptr(): "layer"}) as survived:
+        optimizer.step()
+    assert survived["layer"].lost_moments.item() == expected

@@ -125,7 +125,7 @@ def test_metrics_are_averaged_over_applied_updates_alone():
     ]
     pipeline = pipeline_of([rollout([1.0], [1])], FakeStep(updates), episodes=1, updates_per_collection=4)
     (report,) = pipeline
-    assert report.metrics == pytest.approx({"loss": 3.0, "grad_norm": 3.0, "skipped": 0.25, "loss_scale": 16 / 3})
+    assert report.metrics == pytest.approx({"loss": 3.0, "grad_norm": 3.0, "skipped": 0.25, "loss_scale": 6.0})
     assert report.updates == 3
     assert report.skipped_steps == 1
 
