@@ -20,6 +20,7 @@ from tqdm import tqdm
 from fp8rl_torchrl import Pipeline
 from fp8rl_torchrl.numerics import Recorder
 from fp8rl_torchrl.recipes import build, config_class
+from fp8rl_torchrl.training.memory import keep_freed_memory
 from fp8rl_torchrl.training.run_folder import made_with
 
 TARGET = 0.03
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> int:
 
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
+    keep_freed_memory()  # as scripts/train.py does
     path, rows, dear = Path(options.out).with_suffix(".jsonl"), [], 0
     path.parent.mkdir(parents=True, exist_ok=True)
     for case in tqdm(cases, unit=" cases", dynamic_ncols=True):
