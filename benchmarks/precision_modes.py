@@ -38,7 +38,7 @@ RECIPES = {
     "LunarLander-v3": "ppo",
 }
 """What each task is learned by, unless --recipes says otherwise."""
-FRAMES = {"CustomEnv": 16_384, "CartPole-v1": 32_768, "Acrobot-v1": 65_536, "Pendulum-v1": 61_440}
+FRAMES = {"CustomEnv": 16_384, "CartPole-v1": 32_768, "Acrobot-v1": 65_536, "Pendulum-v1": 40_960}
 """How long each task is trained, unless --total-frames says otherwise: a few times what FP32 takes to solve it."""
 DEPTH = 3
 """Layers of a network whose width is given: two of them are wide on both sides, so that they run in FP8."""
