@@ -41,6 +41,7 @@ NAMES = {
     "data.n_step": "data.multi_step",
     "data.prioritized_replay_buffer": "data.replay",
     "models.ActorQ": "models.actor_q",
+    "models.StateDependentNoise": "models.exploration",
     "models.QNetwork": "models.q_network",
     "models.RunningStatistics": "models.normalize",
     "objectives.ReturnsToGo": "objectives.returns_to_go",

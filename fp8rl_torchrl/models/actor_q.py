@@ -12,6 +12,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import AdditiveGaussianModule, TanhModule, ValueOperator
 
+from fp8rl_torchrl.models.exploration import StateDependentNoise
 from fp8rl_torchrl.models.heads import ActorHead, bounds_of, in_words, observation_of
 from fp8rl_torchrl.models.networks import Float32Head, mlp_encoder
 from fp8rl_torchrl.models.normalize import Normalize, RunningStatistics
@@ -43,18 +44,20 @@ class ActorQ(nn.Module):
     | part | reads | writes |
     |---|---|---|
     | ``actor`` | ``observation`` | ``action`` and, if stochastic, what `fp8rl_torchrl.ActorCritic`'s policy writes |
-    | ``policy`` | ``observation`` | the same; a deterministic actor's action with Gaussian noise |
+    | ``policy`` | ``observation`` | the same; with ``exploration``, its ``action`` and what leads to it |
     | ``qvalue`` | ``observation`` | of a categorical action: ``action_value``, float32 ``[..., n]`` |
     | ``qvalue`` | ``observation``, ``action`` | of a continuous one: ``state_action_value``, float32 ``[..., 1]`` |
 
-    TorchRL's losses make as many copies of ``qvalue`` as they need. The noise has the standard deviation
-    ``exploration.sigma`` times half the width of the action's interval, and there is none under
-    ``set_exploration_type(ExplorationType.DETERMINISTIC)``.
+    TorchRL's losses make as many copies of ``qvalue`` as they need. The Gaussian noise on a deterministic actor's
+    action has the standard deviation ``exploration.sigma`` times half the width of the action's interval. There is no
+    noise under ``set_exploration_type(ExplorationType.DETERMINISTIC)``.
 
     Args:
         actor: The actor.
         qvalue: The action values.
-        exploration: Adds noise to the action, for an actor that is deterministic.
+        exploration: Adds noise to the action of an actor that is deterministic, or takes the place of a stochastic
+            actor's sampling (see `fp8rl_torchrl.models.exploration`).
+        followed: The part of the actor that ``exploration`` follows; by default all of it.
         statistics: What the observations are normalised by, if they are.
     """
 
@@ -64,14 +67,15 @@ class ActorQ(nn.Module):
         self,
         actor: TensorDictModuleBase,
         qvalue: TensorDictModuleBase,
-        exploration: AdditiveGaussianModule | None = None,
+        exploration: TensorDictModuleBase | None = None,
         statistics: RunningStatistics | None = None,
+        followed: TensorDictModuleBase | None = None,
     ) -> None:
         super().__init__()
         self.statistics = statistics  # before the layers that refer to it
         self.actor, self.qvalue, self.exploration = actor, qvalue, exploration
         # A view of the same modules: kept out of the module tree, in which every parameter has one name.
-        parts: Any = [actor, exploration]
+        parts: Any = [actor if followed is None else followed, exploration]
         self.__dict__["policy"] = actor if exploration is None else TensorDictSequential(*parts)
 
     @classmethod
@@ -82,6 +86,7 @@ class ActorQ(nn.Module):
         activation: type[nn.Module] = nn.ReLU,
         normalize: bool = False,
         noise: float | None = None,
+        state_dependent_noise: bool = False,
     ) -> ActorQ:
         """Build both networks to fit an environment's specs, on its device.
 
@@ -92,10 +97,11 @@ class ActorQ(nn.Module):
             normalize: Whether observations are normalised by ``agent.statistics``, which the training loop updates.
             noise: Gives a deterministic actor, whose policy explores with this ``exploration.sigma``. None gives a
                 stochastic one.
+            state_dependent_noise: Whether the policy of a stochastic actor explores with `StateDependentNoise`.
 
         Raises:
-            ValueError: If the observation or action space is not supported, naming it and what to do, or ``noise`` is
-                negative.
+            ValueError: If the observation or action space is not supported, naming it and what to do, ``noise`` is
+                negative, or both kinds of noise are asked for.
 
         Example:
             >>> from fp8rl_torchrl.envs import PendulumEnv
@@ -106,12 +112,15 @@ class ActorQ(nn.Module):
         """
         if noise is not None and not noise >= 0:
             raise ValueError(f"noise is a standard deviation, >= 0; got {noise}")
+        if noise is not None and state_dependent_noise:
+            raise ValueError("state_dependent_noise is for a stochastic actor: leave out noise")
         key, spec = observation_of(env, None)
         action_spec, size = env.action_spec_unbatched, spec.shape[-1]
         bounds = bounds_of(action_spec)
         statistics = RunningStatistics(size) if normalize else None
         encoder = TensorDictModule(mlp_encoder(size, hidden, activation, statistics), [key], ["_hidden"])
-        exploration = None
+        exploration: TensorDictModuleBase | None = None
+        followed: TensorDictModuleBase | None = None
         if noise is not None:
             if bounds is None:
                 raise ValueError(
@@ -119,13 +128,17 @@ class ActorQ(nn.Module):
                     "a discrete one use dqn, sac or ppo"
                 )
             actor = _deterministic_actor(encoder, hidden[-1], action_spec)
-            exploration = AdditiveGaussianModule(action_spec, sigma_init=float(noise), sigma_end=0.0)
-            exploration.std = (bounds["high"] - bounds["low"]) / 2
+            exploration = gaussian = AdditiveGaussianModule(action_spec, sigma_init=float(noise), sigma_end=0.0)
+            gaussian.std = (bounds["high"] - bounds["low"]) / 2
         else:
             head = ActorHead.for_spec(hidden[-1], action_spec)
-            actor = head.actor(action_spec, encoder, TensorDictModule(head.module, ["_hidden"], head.parameters))
+            parts: Any = [encoder, TensorDictModule(head.module, ["_hidden"], head.parameters)]
+            actor = head.actor(action_spec, *parts)
+            if state_dependent_noise:
+                exploration = StateDependentNoise(env.batch_size.numel(), hidden[-1], action_spec)
+                followed = TensorDictSequential(*parts)
         qvalue = _qvalue(key, size, action_spec, hidden, activation, statistics)
-        return cls(actor, qvalue, exploration, statistics).to(env.device)
+        return cls(actor, qvalue, exploration, statistics, followed).to(env.device)
 
 
 def _deterministic_actor(encoder: TensorDictModule, num_features: int, action_spec: TensorSpec) -> TensorDictSequential:

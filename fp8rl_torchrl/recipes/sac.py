@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from tensordict import TensorDictBase
 from torchrl.objectives import DiscreteSACLoss, SACLoss
 
 from fp8rl_torchrl.models.actor_q import ActorQ
 from fp8rl_torchrl.recipes.off_policy import PENDULUM, OffPolicyConfig
 from fp8rl_torchrl.recipes.wiring import ACTIVATIONS, make_optimizer, make_parts, make_pipeline, make_step
-from fp8rl_torchrl.training.loop import Pipeline
+from fp8rl_torchrl.training.loop import Pipeline, Report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,27 @@ class SACConfig(OffPolicyConfig):
             "target_return": 500.0,
         },
         "Pendulum-v1": {**PENDULUM, "total_frames": 12_000, "updates_per_collection": 16, "alpha": 0.1},
+        "MountainCarContinuous-v0": {
+            "total_frames": 8192,
+            "num_envs": 4,
+            "frames_per_collection": 128,
+            "updates_per_collection": 32,
+            "min_replay": 1024,
+            "hidden": (64, 64),
+            # Without biases yet, tanh features are odd: half of their random functions push the car as it moves.
+            "activation": "tanh",
+            "state_dependent_noise": True,
+            "n_step": 8,
+            "lr": 1e-3,
+            "gamma": 0.999,
+            "target_rate": 0.02,
+            # Over an episode, a larger bonus is worth more than the goal.
+            "alpha": 0.005,
+            "reward_scale": 0.1,
+            "normalize_observation": True,
+            "precision": "fp32",
+            "eval_every": 1024,
+        },
     }
     """Tuned options by task."""
     SQUARED_ERRORS: ClassVar[bool] = False
@@ -52,6 +74,9 @@ class SACConfig(OffPolicyConfig):
     continuous action, or a part of the largest entropy of a discrete one."""
     target_entropy_share: float = 0.5
     """That part."""
+    state_dependent_noise: bool = False
+    """Whether a continuous action explores with noise that is a function of the state, another one in each collection,
+    instead of noise that is drawn at every step."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
@@ -73,9 +98,10 @@ def build_sac(config: SACConfig) -> Pipeline:
     """
     config = config.resolved()
     activation, normalize = ACTIVATIONS[config.activation], config.normalize_observation
-    parts = make_parts(config, lambda env: ActorQ.for_env(env, config.hidden, activation, normalize))
+    options: dict[str, Any] = {"state_dependent_noise": config.state_dependent_noise}
+    parts = make_parts(config, lambda env: ActorQ.for_env(env, config.hidden, activation, normalize, **options))
     action_spec: Any = parts.env.action_spec_unbatched
-    options: dict[str, Any] = {
+    options = {
         "alpha_init": config.alpha,
         "target_entropy": "auto" if config.target_entropy is None else config.target_entropy,
     }
@@ -97,4 +123,11 @@ def build_sac(config: SACConfig) -> Pipeline:
         "loss_alpha": make_optimizer(config, [loss.log_alpha]),
     }
     step = make_step(config, loss, optimizer=optimizers, target_updater=config.target_updater(loss))
-    return make_pipeline(config, parts, loss, step, config.make_replay(), **config.learned_from(loss))
+    exploration = parts.agent.exploration
+
+    def explore_anew(rollout: TensorDictBase, report: Report) -> None:
+        if exploration is not None:
+            exploration.resample()
+
+    learned_from = config.learned_from(loss)
+    return make_pipeline(config, parts, loss, step, config.make_replay(), after_collection=explore_anew, **learned_from)

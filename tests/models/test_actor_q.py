@@ -299,6 +299,7 @@ CASES = [
     (PendulumEnv, {}),
     (PendulumEnv, {"noise": 0.3}),
     (PendulumEnv, {"noise": 0.3, "normalize": True}),
+    (PendulumEnv, {"state_dependent_noise": True}),
     (CartPoleEnv, {"normalize": True}),
 ]
 

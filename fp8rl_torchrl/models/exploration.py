@@ -1,0 +1,85 @@
+"""`StateDependentNoise`: exploration by a random function of the state instead of one that is drawn at every step."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.data import TensorSpec
+from torchrl.envs.utils import ExplorationType, exploration_type
+from torchrl.modules import TanhNormal
+
+from fp8rl_torchrl.models.heads import bounds_of, in_words
+
+
+class StateDependentNoise(TensorDictModuleBase):
+    r"""Turns a Normal's ``loc`` and ``scale`` into an action that explores in the same way for many steps.
+
+    The action is :math:`\operatorname{squash}(\mu(s) + \sigma(s)\, u(s))` with
+    :math:`u(s) = W^\top \phi(s) / |\phi(s)|` of the actor's features :math:`\phi` and weights :math:`W` drawn from a
+    standard Normal by `resample`, for each environment its own. Each :math:`u` is then a standard Normal itself, as in
+    a policy that draws it at every step, but between two calls of `resample` it is a function of the state, so that the
+    agent moves with a purpose where noise that is drawn anew averages out. After "Smooth exploration for robotic
+    reinforcement learning" (Raffin et al., 2021), where the scale is another one.
+
+    | entry | | dtype | |
+    |---|---|---|---|
+    | ``features`` | read | any floating one | ``[N, F]`` |
+    | ``loc``, ``scale`` | read | float32 | ``[N, d]`` |
+    | ``action`` | written | float32 | ``[N, d]``, within the bounds |
+
+    Under ``set_exploration_type(ExplorationType.DETERMINISTIC)`` there is no noise, and ``N`` may be any.
+
+    Args:
+        num_envs: Environments that are stepped side by side, ``N``.
+        num_features: Size of the features, ``F``.
+        action_spec: The (unbatched) spec of the action, a bounded vector.
+        features: The entry of the features.
+
+    Raises:
+        ValueError: If the action is no bounded vector.
+    """
+
+    low: torch.Tensor
+    high: torch.Tensor
+    weights: torch.Tensor
+
+    def __init__(self, num_envs: int, num_features: int, action_spec: TensorSpec, features: str = "_hidden") -> None:
+        super().__init__()
+        bounds = bounds_of(action_spec)
+        if bounds is None:
+            raise ValueError(
+                f"state-dependent noise needs a bounded continuous action, but it is {in_words(action_spec)}: explore "
+                "with noise that is independent of the state"
+            )
+        self.in_keys = [features, "loc", "scale"]
+        self.out_keys = ["action"]
+        self.register_buffer("low", bounds["low"].clone(), persistent=False)
+        self.register_buffer("high", bounds["high"].clone(), persistent=False)
+        # Saved with the agent, so that a stopped run goes on as if it had not stopped.
+        self.register_buffer("weights", torch.randn(num_envs, num_features, action_spec.shape[-1]))
+
+    @torch.no_grad()
+    def resample(self) -> None:
+        """Draw another function for each environment."""
+        self.weights.normal_()
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the action.
+
+        Raises:
+            ValueError: If there are other environments than it was made for, and it is to explore.
+        """
+        loc, scale = tensordict["loc"], tensordict["scale"]
+        before = loc
+        if exploration_type() is ExplorationType.RANDOM:
+            features = tensordict[self.in_keys[0]].float()
+            if features.shape[:-1] != self.weights.shape[:1]:
+                raise ValueError(
+                    f"this noise was made for {len(self.weights)} environments side by side; got a batch of "
+                    f"{tuple(features.shape[:-1])}"
+                )
+            direction = torch.nn.functional.normalize(features, dim=-1)
+            before = loc + scale * torch.einsum("nf,nfd->nd", direction, self.weights)
+        squash = TanhNormal(loc, scale, low=self.low, high=self.high).transforms[0]
+        return tensordict.set("action", squash(before))
