@@ -107,7 +107,8 @@ def test_other_environments_are_refused():
 
 
 def test_the_recipe_explores_in_another_way_in_each_collection():
-    config = SACConfig.for_task("MountainCarContinuous-v0", seed=0, device="cpu", total_frames=256, min_replay=1024)
+    options = {"num_envs": 4, "frames_per_collection": 128, "total_frames": 256, "min_replay": 1024}
+    config = SACConfig(env="MountainCarContinuous-v0", device="cpu", state_dependent_noise=True, **options)
     pipeline = build(config)
     found = [pipeline.agent.exploration.weights.clone()]
     found += [pipeline.agent.exploration.weights.clone() for _ in pipeline]

@@ -66,7 +66,6 @@ def test_a2c_solves_custom_env(precision, collector, seed):
         ("ppo", "Pendulum-v1", -250.0),
         *((algo, "Pendulum-v1", -180.0) for algo in ("sac", "td3")),
         ("ppo", "MountainCarContinuous-v0", 90.0),
-        ("sac", "MountainCarContinuous-v0", 90.0),
     ],
 )
 def test_presets_solve_gymnasiums_tasks(algo, task, threshold, seed):
