@@ -155,7 +155,7 @@ def _resolved(verdict: Verdict) -> str:
 
 
 def _diagnoses(result: TaskResults) -> str:
-    """What the recorder said of each mode, the most frequent finding."""
+    """What the recorder said of each mode: how many runs showed a fault, and that of the first."""
     lines = []
     for mode, own in result.records.items():
         skipped, applied = (sum(each[name] for each in own) for name in ("skipped_steps", "updates"))

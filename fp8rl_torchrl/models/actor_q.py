@@ -57,8 +57,8 @@ class ActorQ(nn.Module):
         qvalue: The action values.
         exploration: Adds noise to the action of an actor that is deterministic, or takes the place of a stochastic
             actor's sampling (see `fp8rl_torchrl.models.exploration`).
-        followed: The part of the actor that ``exploration`` follows; by default all of it.
         statistics: What the observations are normalised by, if they are.
+        followed: The part of the actor that ``exploration`` follows; by default all of it.
     """
 
     policy: TensorDictModuleBase

@@ -28,7 +28,8 @@ class StateDependentNoise(TensorDictModuleBase):
     | ``loc``, ``scale`` | read | float32 | ``[N, d]`` |
     | ``action`` | written | float32 | ``[N, d]``, within the bounds |
 
-    Under ``set_exploration_type(ExplorationType.DETERMINISTIC)`` there is no noise, and ``N`` may be any.
+    It explores unless it is told otherwise: under ``set_exploration_type(ExplorationType.DETERMINISTIC)`` there is no
+    noise, and ``N`` may be any.
 
     Args:
         num_envs: Environments that are stepped side by side, ``N``.
@@ -72,7 +73,7 @@ class StateDependentNoise(TensorDictModuleBase):
         """
         loc, scale = tensordict["loc"], tensordict["scale"]
         before = loc
-        if exploration_type() is ExplorationType.RANDOM:
+        if exploration_type() in (None, ExplorationType.RANDOM):  # like an actor, which samples unless told otherwise
             features = tensordict[self.in_keys[0]].float()
             if features.shape[:-1] != self.weights.shape[:1]:
                 raise ValueError(

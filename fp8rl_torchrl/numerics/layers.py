@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,13 @@ ROLES = ("activation", "weight", "output", "gradient")
 """What is looked at of a linear layer: its input, its weight, its output and the gradient of that."""
 MEASURES = ("amax", "underflowed", "saturated", "nonfinite", "reference_nonfinite", "count", "noise", "signal")
 """What is kept of each: its largest magnitude, five counts of elements, and two sums of squares."""
+
+
+TOGETHER = 2**20
+"""Elements that are compared at once; more would gain nothing and take memory."""
+
+_Operand = tuple[torch.Tensor, torch.Tensor, Cast | None]
+"""As it ran, in FP32, and the cast that it goes through."""
 
 
 class Look(NamedTuple):
@@ -97,7 +104,8 @@ def look(
     formats: dict[str, str] = {}
     measures = torch.zeros(0, len(ROLES), len(MEASURES), dtype=torch.float64)
     if seen:
-        found = _compared([operand for pair in seen for operand in _operands(*pair)]).reshape(-1, *measures.shape[1:])
+        operands = [operand for pair in seen for operand in _operands(*pair)]
+        found = torch.cat([_compared(group) for group in _groups(operands)]).reshape(-1, *measures.shape[1:])
         for (call, _), rows in zip(seen, found, strict=True):
             name = names[call.place]
             formats[name] = _format(call.layer, precision)
@@ -178,7 +186,7 @@ def _format(layer: nn.Linear, precision: Precision) -> str:
     return getattr(layer, "compute_format", base)
 
 
-def _operands(call: _Call, twin: _Call) -> list[tuple[torch.Tensor, torch.Tensor, Cast | None]]:
+def _operands(call: _Call, twin: _Call) -> list[_Operand]:
     """Of each of `ROLES`, the tensor as it ran, its twin in FP32, and the cast that it goes through."""
     recipe = RECIPES[call.layer.recipe] if isinstance(call.layer, Float8Linear) else None
     casts = (recipe.output.left, recipe.output.right, None, recipe.grad_input.left) if recipe else (None,) * 4
@@ -187,7 +195,21 @@ def _operands(call: _Call, twin: _Call) -> list[tuple[torch.Tensor, torch.Tensor
     return list(found)
 
 
-def _compared(operands: Sequence[tuple[torch.Tensor, torch.Tensor, Cast | None]]) -> torch.Tensor:
+def _groups(operands: Iterable[_Operand]) -> Iterator[list[_Operand]]:
+    """Of at most `TOGETHER` elements each, or of a single operand."""
+    group: list[_Operand] = []
+    elements = 0
+    for operand in operands:
+        size = operand[0].numel()
+        if group and elements + size > TOGETHER:
+            yield group
+            group, elements = [], 0
+        group.append(operand)
+        elements += size
+    yield group
+
+
+def _compared(operands: Sequence[_Operand]) -> torch.Tensor:
     """`MEASURES` of tensors, ``[n, 8]``.
 
     All at once, for on small ones an operation costs more than its arithmetic; and marks are float32 0 and 1, which
@@ -202,7 +224,7 @@ def _compared(operands: Sequence[tuple[torch.Tensor, torch.Tensor, Cast | None]]
         pairs = [_through(value.float(), cast) for value, _, cast in operands]
         multiplied, beyond = (torch.cat([each.reshape(-1) for each in each_of]) for each_of in zip(*pairs, strict=True))
         over, broken = torch.maximum(over, beyond), _not_finite(multiplied)
-    lost = multiplied.clone().eq_(0).mul_(reference).ne_(0)
+    lost = multiplied.clone().eq_(0).mul_(reference.clone().ne_(0))
     marks = torch.stack([lost, over, broken, _not_finite(reference)])
     errors = torch.stack([multiplied - reference, reference])
     pieces = list(zip(values.split(sizes), marks.split(sizes, 1), errors.split(sizes, 1), strict=True))

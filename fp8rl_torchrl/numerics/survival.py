@@ -97,10 +97,10 @@ def _intended(optimizer: torch.optim.Optimizer) -> tuple[list[torch.Tensor], lis
 
 def _lost_moments(state: Mapping[str, Any], part: slice, like: torch.Tensor) -> torch.Tensor:
     """See `Stepped`: such a weight's next step is divided by nothing but epsilon."""
-    if "exp_avg_sq" not in state:
+    if not {"exp_avg", "exp_avg_sq"} <= state.keys():
         return like.new_zeros(())
     first, second = (state[name].reshape(-1)[part] for name in ("exp_avg", "exp_avg_sq"))
-    return torch.count_nonzero((second == 0) * first) / like.new_tensor(like.numel())
+    return torch.count_nonzero((second == 0) & (first != 0)) / like.new_tensor(like.numel())
 
 
 def _copied(value: Any) -> Any:

@@ -77,10 +77,13 @@ def build_sac(config: SACConfig) -> Pipeline:
     """
     config = config.resolved()
     activation, normalize = ACTIVATIONS[config.activation], config.normalize_observation
-    options: dict[str, Any] = {"state_dependent_noise": config.state_dependent_noise}
-    parts = make_parts(config, lambda env: ActorQ.for_env(env, config.hidden, activation, normalize, **options))
+    noise = config.state_dependent_noise
+    parts = make_parts(
+        config,
+        lambda env: ActorQ.for_env(env, config.hidden, activation, normalize, state_dependent_noise=noise),
+    )
     action_spec: Any = parts.env.action_spec_unbatched
-    options = {
+    options: dict[str, Any] = {
         "alpha_init": config.alpha,
         "target_entropy": "auto" if config.target_entropy is None else config.target_entropy,
     }

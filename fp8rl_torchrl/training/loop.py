@@ -288,7 +288,7 @@ class Pipeline:
 
 
 def _mean_over_applied(updates: list[TensorDict]) -> dict[str, float]:
-    """Average each metric over the updates that were applied, reading the device once."""
+    """Average each metric over the updates that were applied (see `Report.metrics`), reading the device once."""
     names = sorted(str(key) for key in updates[-1].keys())
     values = [update.get(name).float() for update in updates for name in names]
     table = torch.stack([value.mean() if value.ndim else value for value in values])

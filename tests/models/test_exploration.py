@@ -69,6 +69,15 @@ def agent_of(**options):
     return ActorQ.for_env(Specs(VECTOR, BOX), (16, 16), **options)
 
 
+def test_it_explores_unless_told_otherwise():
+    noise = StateDependentNoise(3, 2, BOX)
+    default = noise(parameters(3))["action"].clone()
+    with set_exploration_type(RANDOM):
+        assert torch.equal(default, noise(parameters(3))["action"])
+    with set_exploration_type(DETERMINISTIC):
+        assert not torch.equal(default, noise(parameters(3))["action"])
+
+
 @pytest.mark.parametrize("explores", [True, False])
 def test_without_noise_the_policy_is_the_actor(explores):
     agent = agent_of(state_dependent_noise=explores)

@@ -6,6 +6,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from fp8rl_torchrl import Float8Linear, Precision
+from fp8rl_torchrl.numerics import layers
 from fp8rl_torchrl.numerics.layers import MEASURES, ROLES, look, names_of
 
 
@@ -131,3 +132,16 @@ def test_nothing_is_changed():
     assert list(batch.keys()) == ["x"]
     # Both passes drew the same mask, so that only rounding tells them apart.
     assert found.loss.item() == pytest.approx(found.reference_loss.item(), rel=0.05)
+
+
+@pytest.mark.parametrize("together", [1, 40])
+def test_operands_are_the_same_in_groups_and_all_at_once(monkeypatch, together):
+    weight, x = torch.randn(3, 4).tolist(), torch.randn(5, 4) * 1e-3
+    whole = seen(linear(weight), x, "fp16")
+    monkeypatch.setattr(layers, "TOGETHER", together)
+    assert seen(linear(weight), x, "fp16") == whole
+
+
+def test_what_is_infinite_in_fp32_has_not_underflowed():
+    found = seen(linear([[3e38, 3e38], [1.0, 1.0]]), torch.tensor([[1.0, 1.0]]), "fp32")
+    assert (found["output"]["reference_nonfinite"], found["output"]["underflowed"]) == (1, 0)

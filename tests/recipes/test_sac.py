@@ -180,3 +180,9 @@ def test_a_resumed_run_ends_bit_identical(config, options, tmp_path):
     whole = check_resuming(dataclasses.replace(config, **options), tmp_path)
     assert torch.isfinite(whole.loss.log_alpha)
     assert whole.step.updates == 12
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "fp8", "collector": "fused"}], ids=["fp32", "fp8-fused"])
+def test_a_resumed_run_with_state_dependent_noise_ends_bit_identical(options, tmp_path):
+    config = dataclasses.replace(CONTINUOUS, state_dependent_noise=True, **options)
+    assert check_resuming(config, tmp_path).step.updates == 12
