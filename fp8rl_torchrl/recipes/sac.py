@@ -39,6 +39,28 @@ class SACConfig(OffPolicyConfig):
             "target_return": 500.0,
         },
         "Pendulum-v1": {**PENDULUM, "total_frames": 12_000, "updates_per_collection": 16, "alpha": 0.1},
+        "MountainCarContinuous-v0": {
+            "total_frames": 12_288,
+            "num_envs": 4,
+            "frames_per_collection": 128,
+            "updates_per_collection": 32,
+            # Until the goal is in the buffer, all there is to learn is that acting costs.
+            "min_replay": 4096,
+            "hidden": (64, 64),
+            # Without biases yet, tanh features are odd: half of their random functions push the car as it moves.
+            "activation": "tanh",
+            "state_dependent_noise": True,
+            "n_step": 8,
+            "lr": 1e-3,
+            "gamma": 0.999,
+            "target_rate": 0.02,
+            # Over an episode, a larger bonus is worth more than the goal.
+            "alpha": 0.005,
+            "reward_scale": 0.1,
+            "normalize_observation": True,
+            "precision": "fp32",
+            "eval_every": 1024,
+        },
     }
     """Tuned options by task."""
     SQUARED_ERRORS: ClassVar[bool] = False

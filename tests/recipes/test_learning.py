@@ -65,7 +65,7 @@ def test_a2c_solves_custom_env(precision, collector, seed):
         *((algo, "Acrobot-v1", -100.0) for algo in ("ppo", "dqn")),
         ("ppo", "Pendulum-v1", -250.0),
         *((algo, "Pendulum-v1", -180.0) for algo in ("sac", "td3")),
-        ("ppo", "MountainCarContinuous-v0", 90.0),
+        *((algo, "MountainCarContinuous-v0", 90.0) for algo in ("ppo", "sac")),
     ],
 )
 def test_presets_solve_gymnasiums_tasks(algo, task, threshold, seed):
