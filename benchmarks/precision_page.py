@@ -84,19 +84,27 @@ def _summary(results: Sequence[TaskResults]) -> str:
     lines = []
     for result in results:
         kind = "advice" if result.verdict.sensitive else "advice unsure"
-        each = "".join(_in_a_line(verdict) for verdict in result.verdict.verdicts if verdict.kind != "reference")
+        judged = [verdict for verdict in result.verdict.verdicts if verdict.kind != "reference"]
+        each = "".join(_in_a_line(verdict, _skipped(result.records[verdict.mode])) for verdict in judged)
         said = f"<b>{_text(result.task)}</b>: {_text(result.verdict.advice)}"
         lines.append(f'<div class="{kind}">{said}<ul>{each}</ul></div>')
     return "\n".join(lines)
 
 
-def _in_a_line(verdict: Verdict) -> str:
+def _in_a_line(verdict: Verdict, skipped: float) -> str:
     """Such as "bf16: equivalent to FP32 within 5%, 1.6× the speed, 0.9× the memory"."""
     kind, costs = verdict.kind.split()[0], f"{verdict.speed:.2g}× the speed, {verdict.memory:.2g}× the memory"
     control = " (negative control)" if verdict.mode in CONTROLS else ""
-    return (
-        f'<li><b>{_text(verdict.mode)}</b>{control}: <span class="{kind}">{_text(verdict.words)}</span>, {costs}</li>'
-    )
+    # Its speed says little, for a skipped update is a short one.
+    lost = f"; {skipped:.0%} of its updates were skipped" if skipped > 0.05 else ""
+    said = f'<span class="{kind}">{_text(verdict.words)}</span>'
+    return f"<li><b>{_text(verdict.mode)}</b>{control}: {said}, {costs}{lost}</li>"
+
+
+def _skipped(records: Sequence[Mapping[str, Any]]) -> float:
+    """The part of all updates."""
+    skipped, applied = (sum(each[name] for each in records) for name in ("skipped_steps", "updates"))
+    return skipped / max(skipped + applied, 1)
 
 
 def _all_tasks(results: Sequence[TaskResults]) -> str:
@@ -158,9 +166,8 @@ def _diagnoses(result: TaskResults) -> str:
     """What the recorder said of each mode: how many runs showed a fault, and that of the first."""
     lines = []
     for mode, own in result.records.items():
-        skipped, applied = (sum(each[name] for each in own) for name in ("skipped_steps", "updates"))
-        if skipped > applied:
-            lines.append(f"<li><b>{_text(mode)}</b>: {skipped:,} of {skipped + applied:,} updates were skipped</li>")
+        if (share := _skipped(own)) > 0.5:
+            lines.append(f"<li><b>{_text(mode)}</b>: {share:.0%} of its updates were skipped</li>")
         found = [each["diagnosis"] for each in own if not each["diagnosis"].startswith("nothing went wrong")]
         if found:
             lines.append(

@@ -109,6 +109,12 @@ def conduct(options: Asked, jobs_of: Callable[[Asked], dict[Key, Job]], report: 
     interrupted = False
     if options.report:
         records.update({key: ledger.newest(job.named) for key, job in jobs.items()})
+        if not any(records.values()):
+            print(
+                f"error: {ledger.path} has none of the {len(jobs):,} runs asked for; leave out --report to make them",
+                file=sys.stderr,
+            )
+            return 2
     else:
         try:
             complete(jobs, ledger, records, options.workers)

@@ -21,7 +21,7 @@ from fp8rl_torchrl.data import CollectorState, restores_exactly
 from fp8rl_torchrl.recipes import RecipeConfig, build, config_class, resolve_precision
 from fp8rl_torchrl.recipes.command_line import peek, starting_config
 from fp8rl_torchrl.training.checkpoint import PipelineCheckpoints, latest_checkpoint
-from fp8rl_torchrl.training.loop import Report
+from fp8rl_torchrl.training.loop import Pipeline, Report
 from fp8rl_torchrl.training.memory import keep_freed_memory
 from fp8rl_torchrl.training.metrics import Loggers, require_wandb
 from fp8rl_torchrl.training.run import Run
@@ -72,16 +72,24 @@ class Progress:
         """Advance the bar."""
         done = min(report.frames if self.by_frames else report.episodes, self.bar.total)
         self.bar.update(done - self.bar.n)
-        self.bar.set_postfix_str(f"return {report.episode_return:.1f}", refresh=False)
+        if self.episodes or report.episode_returns:
+            self.bar.set_postfix_str(f"return {report.episode_return:.1f}", refresh=False)
         for episode_return in report.episode_returns:
             self.episodes += 1
             self.block.append(episode_return)
             if self.episodes % self.config.report_every == 0:
-                self.bar.write(
-                    f"{self.episodes:>9,}  {sum(self.block) / len(self.block):>14.1f}  {report.frames:>10,}  "
-                    f"{report.updates:>8,}  {report.skipped_steps:>8,}"
-                )
-                self.block.clear()
+                self._write_row(report.frames, report.updates, report.skipped_steps)
+
+    def close(self, pipeline: Pipeline) -> None:
+        """End the bar, with a line of what there is where too few episodes have ended for one."""
+        if self.block and self.episodes < self.config.report_every:
+            self._write_row(pipeline.frames, pipeline.step.updates, pipeline.step.skipped_steps)
+        self.bar.close()
+
+    def _write_row(self, frames: int, updates: int, skipped: int) -> None:
+        mean = sum(self.block) / len(self.block)
+        self.bar.write(f"{self.episodes:>9,}  {mean:>14.1f}  {frames:>10,}  {updates:>8,}  {skipped:>8,}")
+        self.block.clear()
 
 
 def main(argv: list[str]) -> int:
@@ -134,7 +142,7 @@ def main(argv: list[str]) -> int:
         print(f"its target return {config.target_return:g} is reached: go on with a higher --target-return, or None")
     progress.start_at(pipeline.frames, pipeline.episodes, pipeline.recent_returns)
     stopped_by = run.train()
-    progress.bar.close()
+    progress.close(pipeline)
     if stopped_by == "target_return":
         print(f"stopped at the target return: an evaluation has reached {config.target_return:g}")
     summary = run.summarize(stopped_by)
@@ -220,7 +228,7 @@ def print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
         best = f"{summary['best_eval_return']:.1f} at {summary['best_frames']:,} frames, kept in {folder.best}"
     rows = {
         "evaluation return": f"{summary['eval_return_mean']:.1f} ± {summary['eval_return_std']:.1f} "
-        f"over {summary['eval_episodes']} episodes",
+        f"(mean ± std of {summary['eval_episodes']} episodes)",
         "best evaluation": best,
         "trained": f"{summary['frames']:,} frames, {summary['episodes']:,} episodes, {summary['updates']:,} updates",
         "skipped updates": f"{summary['skipped_steps']:,}",

@@ -37,7 +37,7 @@ def choose(
     """
     chosen, reasons = dict(options), []
     eager = collections * (steps * EAGER_STEP + updates * EAGER_UPDATE)
-    length = f"about {eager:,.0f} s without, and compiling takes about {COMPILATION:.0f} s"
+    length = f"uncompiled, it all takes about {eager:,.0f} s, and compiling alone about {COMPILATION:.0f} s"
     if chosen["compile"] == "auto":
         chosen["compile"] = "on" if eager > 2 * COMPILATION else "off"
         reasons.append(f"compile {chosen['compile']}: {length}")

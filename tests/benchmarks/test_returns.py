@@ -196,6 +196,15 @@ def test_a_benchmark_that_was_killed_goes_on_where_it_stopped(trained, capsys, m
     assert seeds[4:] == [7, 8, 9], "with other code, everything is measured anew"
 
 
+def test_a_report_of_nothing_is_refused(trained, capsys):
+    seeds, _ = trained
+    assert returns.main([*ARGUMENTS, "--report"]) == 2
+    captured = capsys.readouterr()
+    assert "has none of the 3 runs asked for; leave out --report to make them" in captured.err
+    assert (captured.out, seeds) == ("", [])
+    assert not list(Path(ARGUMENTS[-1]).parent.glob("*.png"))
+
+
 def test_a_run_below_the_threshold_fails_the_table(trained, capsys):
     _, trained_to = trained
     trained_to[8] = 474.9

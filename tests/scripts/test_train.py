@@ -77,7 +77,9 @@ def test_train_writes_the_run_folder(capsys):
 
     output = capsys.readouterr()
     assert "CustomEnv, fp16, seed 0 on cpu, run folder run" in output.out
-    assert f"{summary['eval_return_mean']:.1f} ± {summary['eval_return_std']:.1f} over 3 episodes" in output.out
+    assert (
+        f"{summary['eval_return_mean']:.1f} ± {summary['eval_return_std']:.1f} (mean ± std of 3 episodes)" in output.out
+    )
     assert "Traceback" not in output.err
 
 
@@ -109,6 +111,14 @@ def test_each_printed_average_is_that_of_its_own_episodes(capsys):
     progress.bar.close()
     printed = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert printed == [["4", "6.0", "60", "2", "1"], ["6", "15.0", "60", "2", "1"]]
+
+
+def test_a_run_of_too_few_episodes_for_a_row_prints_one_all_the_same(capsys):
+    assert call(train, *SMALL, "--episodes=3", "--report-every=4", "--run-dir=run") == 0
+    output = capsys.readouterr()
+    rows = [line.split() for line in output.out.splitlines() if re.match(r" *\d+ +[\d.]+ +", line)]
+    assert [row[0] for row in rows] == [str(json.loads(Path("run/summary.json").read_text())["episodes"])]
+    assert "return nan" not in output.err
 
 
 def test_the_default_prints_every_100_episodes():
