@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 LARGEST_REWARD = 1e4
 """A larger one (after scaling) is a fault of the task: squared errors of its returns lie beyond FP16's range many times
 over, and a single one outweighs everything else that a network learns."""
-LARGEST_WEIGHT = 100.0
+LARGEST_WEIGHT = 30.0
 """Weights begin near 1; one that has grown to this comes of steps that are too large."""
 MOST_UNDERFLOW = 0.5
 """The part of an operand that may vanish."""
@@ -69,7 +69,7 @@ def diagnose(samples: Sequence[Sample], extremes: Mapping[str, float], reward_sc
         if found is not None:
             return found
     looked = "the one update that was" if len(samples) == 1 else f"the {len(samples)} updates that were"
-    return Diagnosis("none", None, f"nothing went wrong in {looked} looked at")
+    return Diagnosis("none", None, f"nothing went wrong in the numbers of {looked} looked at")
 
 
 def _data(extremes: Mapping[str, float], reward_scale: float) -> Diagnosis | None:
@@ -177,16 +177,22 @@ def _noise(samples: Sequence[Sample]) -> Diagnosis | None:
 
 
 def _lost_updates(samples: Sequence[Sample]) -> Diagnosis | None:
-    found = {
-        name: median(known)
-        for name, layers in _by_layer(samples).items()
-        if (known := [layer.update_survival for layer in layers if not math.isnan(layer.update_survival)])
-    }
+    layers = _by_layer(samples)
+    found = {name: _median_known(layer.update_survival for layer in own) for name, own in layers.items()}
     name = min(found, key=found.__getitem__, default=None)
     if name is None or found[name] >= LEAST_SURVIVAL:
         return None
+    if _median_known(layer.survival_in_fp32 for layer in layers[name]) < LEAST_SURVIVAL:
+        words = f"updates of {name} are too small to change even FP32 weights: the learning rate is too small"
+        return Diagnosis("algorithm", name, words)
     words = f"of the change that the optimizer intends, {found[name]:.0%} arrives in the weights of {name}"
     return Diagnosis("precision", name, words)
+
+
+def _median_known(values: Iterable[float]) -> float:
+    """Of what is not NaN; infinite if nothing is."""
+    known = [value for value in values if not math.isnan(value)]
+    return median(known) if known else math.inf
 
 
 def _operands(layer: LayerNumbers) -> tuple[tuple[str, OperandNumbers], ...]:

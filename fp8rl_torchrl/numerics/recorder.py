@@ -54,8 +54,10 @@ class LayerNumbers:
     update_survival: float
     """The part of the intended change of its weight that was applied, from 0 to 1; NaN where none was intended, or
     where it could not be seen because the update was replayed from a CUDA graph."""
+    survival_in_fp32: float
+    """The same, had the weights been stored in FP32; NaN also where the update was skipped."""
     lost_moments: float
-    """The part of Adam's second moments that is zero though the first is not, from 0 to 1; NaN where it could not be
+    """The part of Adam's second moments that is zero where FP32 would not be, from 0 to 1; NaN where it could not be
     seen."""
 
 
@@ -101,7 +103,7 @@ class Recorder:
         >>> recorder = Recorder(every=1).attach(pipeline)
         >>> reports = list(pipeline)
         >>> print(recorder.diagnose())
-        nothing went wrong in the one update that was looked at
+        nothing went wrong in the numbers of the one update that was looked at
     """
 
     def __init__(self, every: int = 100) -> None:
@@ -222,8 +224,17 @@ def _layers(found: Look, survived: Mapping[str, Stepped]) -> list[LayerNumbers]:
     layers = []
     for name, format, rows in zip(found.names, found.formats, found.measures.tolist(), strict=True):
         operands: dict[str, Any] = {role: _operand(row) for role, row in zip(ROLES, rows, strict=True)}
-        survival, lost = map(float, survived[name]) if name in survived else (math.nan, math.nan)
-        layers.append(LayerNumbers(name=name, format=format, update_survival=survival, lost_moments=lost, **operands))
+        survival, in_fp32, lost = map(float, survived.get(name, (math.nan,) * 3))
+        layers.append(
+            LayerNumbers(
+                name=name,
+                format=format,
+                update_survival=survival,
+                survival_in_fp32=in_fp32,
+                lost_moments=lost,
+                **operands,
+            )
+        )
     return layers
 
 

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+SQUARES = 1e-15
+"""A hundredth of the square of what is larger is a normal number in FP32."""
+
 
 class Stepped(NamedTuple):
     """A layer's weight in one step, float64 ``[]`` each, on the device."""
@@ -15,8 +18,11 @@ class Stepped(NamedTuple):
     survival: torch.Tensor
     """The part of the intended change that arrived: 0 for a step that was skipped, NaN where no change was
     intended."""
+    survival_in_fp32: torch.Tensor
+    """The same, had the weights been stored in FP32: little if the change itself is too small; NaN where none was
+    intended, or where the step was skipped."""
     lost_moments: torch.Tensor
-    """The part of Adam's second moments that is zero though the first is not; 0 for other optimizers."""
+    """The part of Adam's second moments that is zero where FP32 would not be, by the first; 0 for other optimizers."""
 
 
 @contextlib.contextmanager
@@ -51,10 +57,12 @@ def watched(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[int, str
             for name, (first, count) in _segments(parameter, names).items():
                 part = slice(first, first + count)
                 wanted, shown = intended.reshape(-1)[part], change.reshape(-1)[part]
+                origin = start.reshape(-1)[part]
+                kept = (origin + wanted).float().double() - origin
                 square = wanted @ wanted
                 # A step that is skipped for a gradient that is not finite intends what nobody knows: nothing arrives.
                 survival = torch.where(square.isfinite(), (shown @ wanted) / square, 0.0)
-                survived[name] = Stepped(survival, _lost_moments(state, part, wanted))
+                survived[name] = Stepped(survival, (kept @ wanted) / square, _lost_moments(state, part, wanted))
 
     handles = []
     for optimizer in optimizers:
@@ -100,7 +108,7 @@ def _lost_moments(state: Mapping[str, Any], part: slice, like: torch.Tensor) -> 
     if not {"exp_avg", "exp_avg_sq"} <= state.keys():
         return like.new_zeros(())
     first, second = (state[name].reshape(-1)[part] for name in ("exp_avg", "exp_avg_sq"))
-    return torch.count_nonzero((second == 0) & (first != 0)) / like.new_tensor(like.numel())
+    return torch.count_nonzero((second == 0) & (first.abs() > SQUARES)) / like.new_tensor(like.numel())
 
 
 def _copied(value: Any) -> Any:

@@ -119,6 +119,14 @@ def test_a_learning_rate_of_a_hundred_is_the_algorithms_fault():
     assert "learning rate" in str(found) or "not finite in FP32 either" in str(found)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+@pytest.mark.parametrize(("lr", "words"), [(3.0, "the learning rate is too large"), (1e-12, "too small")])
+def test_a_bad_learning_rate_is_the_algorithms_fault_in_any_precision(precision, lr, words):
+    found = diagnosed(build("dqn", lr=lr, precision=precision, total_frames=4096, min_replay=512))
+    assert found.cause == "algorithm"
+    assert words in str(found)
+
+
 def test_a_dead_layer_is_the_algorithms_fault():
     pipeline = build(activation="relu", lr=1e-9)
     name, layer = list(layers_of(pipeline).items())[1]

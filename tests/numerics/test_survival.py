@@ -40,6 +40,39 @@ def test_what_survives_in_bf16(weights, gradients, lr, expected):
     assert survival(weights, gradients, lr, low=False) == pytest.approx(1.0)
 
 
+# FP32 numbers are 2^-23 apart above 1.
+@pytest.mark.parametrize(("weights", "expected"), [([1.0], 0.0), ([1.0, 0.0], 0.5), ([0.0], 1.0)])
+def test_a_change_too_small_for_fp32_is_told_from_one_too_small_for_bf16(weights, expected):
+    weight = nn.Parameter(torch.tensor(weights))
+    optimizer = torch.optim.SGD([weight], lr=2.0**-30, fused=True)
+    weight.grad = -torch.ones_like(weight)
+    with watched([optimizer], {weight.data_ptr(): "layer"}) as survived:
+        optimizer.step()
+    assert survived["layer"].survival_in_fp32.item() == pytest.approx(expected)
+    assert survived["layer"].survival.item() == pytest.approx(expected)
+
+
+def test_what_bf16_loses_would_survive_in_fp32():
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=2.0**-10, fused=True)
+    optimizer.register_step_post_hook(stored_in_bf16)
+    weight.grad = torch.ones(1)
+    with watched([optimizer], {weight.data_ptr(): "layer"}) as survived:
+        optimizer.step()
+    assert (survived["layer"].survival.item(), survived["layer"].survival_in_fp32.item()) == (0.0, 1.0)
+
+
+def test_moments_that_fp32_would_lose_too_are_not_counted():
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.Adam([weight], fused=True)
+    weight.grad = torch.tensor([1e-30, 1.0])
+    with watched([optimizer], {weight.data_ptr(): "layer"}) as survived:
+        optimizer.step()
+    assert optimizer.state[weight]["exp_avg_sq"][0] == 0
+    assert optimizer.state[weight]["exp_avg"][0] != 0
+    assert survived["layer"].lost_moments.item() == 0.0
+
+
 def test_a_step_that_intends_nothing_is_nan():
     assert survival([1.0], [0.0], 0.1) != survival([1.0], [0.0], 0.1)
 
