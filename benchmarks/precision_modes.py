@@ -27,6 +27,7 @@ from negative_controls import CONTROLS, configured
 from resumable import Job
 from scores import RANDOM_TO_SOLVED
 
+from fp8rl_torchrl import Precision
 from fp8rl_torchrl.recipes import RecipeConfig, config_class
 
 RECIPES = {
@@ -97,6 +98,9 @@ class Options(resumable.Options):
     def __post_init__(self) -> None:
         """Refuse what cannot be compared."""
         super().__post_init__()
+        for mode in self.modes:
+            if mode not in CONTROLS:
+                Precision(mode)
         if len(self.modes) < 2 or len(set(self.modes)) < len(self.modes):
             raise ValueError(f"--modes takes at least two different ones; got {' '.join(self.modes)}")
         if self.modes[0] in CONTROLS:
@@ -215,7 +219,7 @@ def cores_of(wanted: Sequence[int]) -> list[int | None]:
 
 
 def _command(argv: Sequence[str]) -> str:
-    return " ".join(["python benchmarks/precision_modes.py", *argv])
+    return " ".join(["python benchmarks/precision_modes.py", *(a for a in argv if a not in ("--report", "--markdown"))])
 
 
 if __name__ == "__main__":

@@ -110,8 +110,9 @@ def conduct(options: Asked, jobs_of: Callable[[Asked], dict[Key, Job]], report: 
     if options.report:
         records.update({key: ledger.newest(job.named) for key, job in jobs.items()})
         if not any(records.values()):
+            found = "has none of" if ledger.path.exists() else "does not exist, so there are none of"
             print(
-                f"error: {ledger.path} has none of the {len(jobs):,} runs asked for; leave out --report to make them",
+                f"error: {ledger.path} {found} the {len(jobs):,} runs asked for; leave out --report to make them",
                 file=sys.stderr,
             )
             return 2

@@ -62,7 +62,10 @@ class Progress:
         """Show the bar, at the place where a resumed run stands."""
         total, unit = self.config.total_frames or self.config.episodes, "frame" if self.by_frames else "episode"
         done = min(frames if self.by_frames else episodes, total)
-        self.bar = tqdm(total=total, initial=done, unit=f" {unit}s", dynamic_ncols=True, unit_scale=self.by_frames)
+        # None: no bar where nobody watches it move, in a file or a pipe.
+        self.bar = tqdm(
+            total=total, initial=done, unit=f" {unit}s", dynamic_ncols=True, unit_scale=self.by_frames, disable=None
+        )
         self.episodes = episodes
         unfinished = episodes % self.config.report_every
         self.block = list(recent_returns[-unfinished:]) if unfinished else []
@@ -83,7 +86,7 @@ class Progress:
     def close(self, pipeline: Pipeline) -> None:
         """End the bar, with a line of what there is where too few episodes have ended for one."""
         if self.block and self.episodes < self.config.report_every:
-            self._write_row(pipeline.frames, pipeline.step.updates, pipeline.step.skipped_steps)
+            self._write_row(pipeline.frames, int(pipeline.step.updates), int(pipeline.step.skipped_steps))
         self.bar.close()
 
     def _write_row(self, frames: int, updates: int, skipped: int) -> None:
@@ -134,6 +137,9 @@ def main(argv: list[str]) -> int:
     print(f"{title} on {config.device}, run folder {folder.path}")
     for reason in ([] if auto is None else [auto]) + asked.chosen(config.device)[1]:
         print(reason)
+    if config.total_frames is not None and (rest := config.total_frames % config.frames_per_collection):
+        whole = config.total_frames - rest + config.frames_per_collection
+        print(f"trains to {whole:,} frames: in whole collections of {config.frames_per_collection:,}")
     if pipeline.conversion is not None:
         print(f"\n{pipeline.conversion}\n")
     if pipeline.finished:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-# Estimates of one CPU core, in s, of which only the order matters: eager steps and updates of small networks, and a
-# first compilation of both. A run has to be well beyond the break-even point.
+# Estimates of one CPU core, in s, of which only the order matters: eager steps and updates of the smallest networks and
+# batches, and a first compilation of both. A run has to be well beyond the break-even point.
 EAGER_STEP = 1e-3
 EAGER_UPDATE = 1e-3
 COMPILATION = 45.0
@@ -37,7 +37,7 @@ def choose(
     """
     chosen, reasons = dict(options), []
     eager = collections * (steps * EAGER_STEP + updates * EAGER_UPDATE)
-    length = f"uncompiled, it all takes about {eager:,.0f} s, and compiling alone about {COMPILATION:.0f} s"
+    length = f"uncompiled, it takes {eager:,.0f} s or more, and compiling alone about {COMPILATION:.0f} s"
     if chosen["compile"] == "auto":
         chosen["compile"] = "on" if eager > 2 * COMPILATION else "off"
         reasons.append(f"compile {chosen['compile']}: {length}")

@@ -183,6 +183,7 @@ def test_time_to_a_score_is_training_alone():
         (["--modes", "fp32", "fp32"], "at least two different ones"),
         (["--modes", "fp16-naive", "fp32"], "the first of --modes is the reference"),
         (["--modes", "fp32", "banana"], "unknown precision 'banana'"),
+        (["--modes", "fp9"], "unknown precision 'fp9'"),
         (["--tasks", "Humanoid-v5"], "it is not known what Humanoid-v5 scores"),
         (["--recipes", "ppo", "dqn", "sac"], "--recipes takes one"),
         (["--recipes", "a2c", "--batch", "64"], "has no --batch"),

@@ -200,7 +200,7 @@ def test_a_report_of_nothing_is_refused(trained, capsys):
     seeds, _ = trained
     assert returns.main([*ARGUMENTS, "--report"]) == 2
     captured = capsys.readouterr()
-    assert "has none of the 3 runs asked for; leave out --report to make them" in captured.err
+    assert "does not exist, so there are none of the 3 runs asked for; leave out --report to make them" in captured.err
     assert (captured.out, seeds) == ("", [])
     assert not list(Path(ARGUMENTS[-1]).parent.glob("*.png"))
 

@@ -34,7 +34,7 @@ def test_long_runs_are_compiled(collections, steps, updates, seconds, compiled):
     fused = {"on": "fused", "off": "torchrl"}[compiled]
     assert options == {"compile": compiled, "collector": fused, "cudagraph": "off"}
     assert COMPILATION == 45
-    length = f"uncompiled, it all takes about {seconds} s, and compiling alone about 45 s"
+    length = f"uncompiled, it takes {seconds} s or more, and compiling alone about 45 s"
     assert reasons[0] == f"compile {compiled}: {length}"
     assert reasons[1].startswith(f"collector {fused}: ")
     assert len(reasons) == 2
@@ -127,8 +127,7 @@ def test_recipes_count_their_own_calls(config, seconds, compiled):
     options, reasons = config.chosen("cpu")
     assert options["compile"] == compiled
     assert (
-        reasons[0]
-        == f"compile {compiled}: uncompiled, it all takes about {seconds:,} s, and compiling alone about 45 s"
+        reasons[0] == f"compile {compiled}: uncompiled, it takes {seconds:,} s or more, and compiling alone about 45 s"
     )
 
 

@@ -118,7 +118,13 @@ def test_a_run_of_too_few_episodes_for_a_row_prints_one_all_the_same(capsys):
     output = capsys.readouterr()
     rows = [line.split() for line in output.out.splitlines() if re.match(r" *\d+ +[\d.]+ +", line)]
     assert [row[0] for row in rows] == [str(json.loads(Path("run/summary.json").read_text())["episodes"])]
-    assert "return nan" not in output.err
+    assert output.err == "", "no bar where nobody sees it move"
+
+
+def test_a_budget_is_rounded_up_to_whole_collections_and_says_so(capsys):
+    assert call(train, *SMALL, "--total-frames=10", "--frames-per-collection=8", "--run-dir=run") == 0
+    assert "trains to 16 frames: in whole collections of 8" in capsys.readouterr().out
+    assert json.loads(Path("run/summary.json").read_text())["frames"] == 16
 
 
 def test_the_default_prints_every_100_episodes():
