@@ -119,10 +119,14 @@ class Paired:
         """Likewise: small if it is surely better."""
         return self._flips("greater")
 
-    def smallest_margin(self) -> float:
-        """The smallest margin within which these differences would be called equivalent, at `LEVEL`, as one test."""
+    def smallest_margin(self, tests: int = 1) -> float:
+        """The smallest margin within which these differences would be called equivalent, at `LEVEL`.
+
+        Args:
+            tests: How many are made, each of which then has its part of what `LEVEL` leaves.
+        """
         free = len(self.differences) - 1
-        return abs(self.mean) + float(stats.t.ppf(LEVEL, free)) * self._standard_error()
+        return abs(self.mean) + float(stats.t.isf((1 - LEVEL) / tests, free)) * self._standard_error()
 
     def _standard_error(self) -> float:
         values = np.asarray(self.differences)

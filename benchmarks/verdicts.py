@@ -43,7 +43,7 @@ class Verdict:
     harm: float
     """Corrected p-value of the test whether it is worse, on either; the smaller."""
     smallest_margin: float
-    """The smallest margin that these seeds could have called equivalent, the larger of both; in units of the score."""
+    """The smallest margin at which it would be called equivalent, with the same correction; in units of the score."""
     improvement: float
     """The probability that a run of it scores above one of the reference."""
     speed: float
@@ -90,16 +90,17 @@ def judge(runs: Mapping[str, ModeRuns], reference: str, controls: Sequence[str],
     pairs = {mode: _pairs(runs[mode], runs[reference]) for mode in others}
     compare = len(runs[reference].seeds) > 1
     equivalence = holm([max(pair.equivalence(margin) for pair in pairs[mode]) for mode in others] if compare else [])
+    smallest = _smallest_margins(pairs) if compare else {}
     harm = holm([pair.harm() for mode in others for pair in pairs[mode]] if compare else [])
     gain = holm([pair.gain() for mode in others for pair in pairs[mode]] if compare else [])
     verdicts = [_of_reference(reference)]
     for place, mode in enumerate(others):
         if not compare:
-            verdicts.append(_verdict(mode, runs, reference, pairs[mode], (1.0, 1.0, 1.0), margin))
+            verdicts.append(_verdict(mode, runs, reference, pairs[mode], (1.0, 1.0, 1.0), margin, float("inf")))
             continue
         both = slice(2 * place, 2 * place + 2)
         p_values = equivalence[place], min(harm[both]), min(gain[both])
-        verdicts.append(_verdict(mode, runs, reference, pairs[mode], p_values, margin))
+        verdicts.append(_verdict(mode, runs, reference, pairs[mode], p_values, margin, smallest[mode]))
     judged = {verdict.mode: verdict for verdict in verdicts}
     present = [mode for mode in controls if mode in runs]
     enough = len(runs[reference].seeds) >= MIN_SEEDS
@@ -117,6 +118,22 @@ def _pairs(mode: ModeRuns, reference: ModeRuns) -> tuple[Paired, Paired]:
         for ours, theirs in ((mode.final, reference.final), (mode.areas, reference.areas))
     )
     return final, areas
+
+
+def _smallest_margins(pairs: Mapping[str, tuple[Paired, Paired]]) -> dict[str, float]:
+    """The smallest margin at which each mode passes both tests of equivalence, in the company of the others.
+
+    Holm's correction asks the first to pass for a level divided by the number of modes, the next for one divided by one
+    less, and so on; none passes before those that came through before it.
+    """
+    waiting, found, reached = dict(pairs), {}, 0.0
+    while waiting:
+        own = {mode: max(each.smallest_margin(len(waiting)) for each in pair) for mode, pair in waiting.items()}
+        mode = min(own, key=own.__getitem__)
+        reached = max(reached, own[mode])
+        found[mode] = reached
+        del waiting[mode]
+    return found
 
 
 def _of_reference(mode: str) -> Verdict:
@@ -140,12 +157,12 @@ def _verdict(
     pairs: tuple[Paired, Paired],
     p_values: tuple[float, float, float],
     margin: float,
+    smallest: float,
 ) -> Verdict:
     own, base = runs[mode], runs[reference]
     equivalence, harm, gain = p_values
     alpha, count = 1 - LEVEL, len(own.seeds)
     name = reference.upper()
-    smallest = max(pair.smallest_margin() for pair in pairs) if count > 1 else float("inf")
     kind: Kind = "cannot tell"
     if count < MIN_SEEDS:
         words = f"cannot tell: {in_words(count)}, and a claim needs {MIN_SEEDS}"
@@ -158,7 +175,7 @@ def _verdict(
         mean = max(pair.mean for pair in pairs)
         kind, words = "better", f"better than {name}, by {mean:.0%} of the way from random to solved"
     else:
-        words = f"cannot tell: these {count} seeds could show equivalence within {smallest:.0%} at best"
+        words = f"cannot tell: these {count} seeds could show equivalence within {smallest:.1%} at best"
     if own.diverged:
         words += f"; {own.diverged} of {count} runs diverged"
     return Verdict(

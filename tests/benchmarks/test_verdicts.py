@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
-from scores import normalized
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scores import Paired, normalized
 from verdicts import MIN_SEEDS, ModeRuns, judge
 
 CONTROLS = ("fp16-naive", "fp8-unscaled")
@@ -95,7 +97,37 @@ def test_noise_tells_nothing_and_says_what_it_could_resolve():
     (verdict,) = found.verdicts[1:]
     assert verdict.kind == "cannot tell"
     assert verdict.smallest_margin > 0.05
-    assert f"within {verdict.smallest_margin:.0%} at best" in verdict.words
+    assert f"within {verdict.smallest_margin:.1%} at best" in verdict.words
+
+
+@given(
+    seeds=st.lists(st.integers(0, 10**6), min_size=1, max_size=5, unique=True),
+    spread=st.sampled_from([0.0, 0.01, 0.05]),
+    margin=st.floats(0.01, 0.1),
+)
+@settings(deadline=None, max_examples=10)
+def test_the_smallest_margin_is_where_the_verdict_turns(seeds, spread, margin):
+    reference = noisy(0.9, spread, seed=11)
+    modes = {f"mode{place}": runs(noisy(0.9 + 0.01 * place, spread, seed=each)) for place, each in enumerate(seeds)}
+    found = {
+        each: judge({"fp32": runs(reference), **modes}, "fp32", CONTROLS, at)
+        for each, at in (("given", margin), ("double", 2 * margin))
+    }
+    for first, second in zip(found["given"].verdicts[1:], found["double"].verdicts[1:], strict=True):
+        assert first.smallest_margin == second.smallest_margin
+        if abs(first.smallest_margin - margin) > 1e-9:
+            assert (first.kind == "equivalent") == (first.smallest_margin < margin)
+
+
+def test_the_smallest_margin_is_corrected_for_the_other_modes():
+    """Alone, a mode resolves more than beside one that does not come through."""
+    own, reference, broken = noisy(0.9, seed=1), noisy(0.9, seed=2), noisy(0.5, 0.4, seed=3)
+    alone = judge({"fp32": runs(reference), "bf16": runs(own)}, "fp32", CONTROLS, 0.05).verdicts[1]
+    beside = judge({"fp32": runs(reference), "bf16": runs(own), "fp8": runs(broken)}, "fp32", CONTROLS, 0.05)
+    pair = Paired(differences=tuple(own - reference))
+    assert alone.smallest_margin == pytest.approx(pair.smallest_margin(), abs=1e-9)
+    assert beside.verdicts[1].smallest_margin == pytest.approx(pair.smallest_margin(2), abs=1e-9)
+    assert pair.smallest_margin(2) > pair.smallest_margin()
 
 
 def test_a_task_that_cannot_tell_gives_no_advice():
