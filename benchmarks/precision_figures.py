@@ -203,12 +203,12 @@ def headline(results: Sequence[TaskResults]) -> Figure:
     columns = min(len(results), 2)
     rows = -(-len(results) // columns)
     figure = Figure(figsize=(5.4 * columns, 3.4 * rows), layout="constrained")
-    every = figure.subplots(rows, columns, squeeze=False).flat
+    every = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, result in zip(every, results, strict=False):
         curves(result, axes)
         axes.grid(alpha=0.25)
         axes.set(title=f"{result.task} ({result.recipe})", xlabel="frames", ylabel="score (0 random, 1 solved)")
-    for axes in list(every)[len(results) :]:
+    for axes in every[len(results) :]:
         axes.set_axis_off()
     emulated = any(
         (each["conversion"] or {}).get("backend") == "emulated"

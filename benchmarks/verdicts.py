@@ -222,4 +222,8 @@ def _advice(judged: Mapping[str, Verdict], reference: str, controls: Sequence[st
             f"Use {reference} for speed: no precision that keeps its return is faster here. {smaller.mode} is "
             f"{smaller.words} and takes {smaller.memory:.2g}× the memory.{caveat}"
         )
-    return f"Use {reference}: no other precision is known to keep its return and be faster or smaller here.{caveat}"
+    if len(candidates) == 1:
+        return f"Use {reference}: no other precision is shown to keep its return.{caveat}"
+    kept = [verdict.mode for verdict in candidates if verdict.mode != reference]
+    verb = "keeps" if len(kept) == 1 else "keep"
+    return f"Use {reference}: {', '.join(kept)} {verb} its return, but none is faster or smaller here.{caveat}"

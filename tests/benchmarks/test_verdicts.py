@@ -163,6 +163,17 @@ def test_a_slower_mode_is_not_advised_for_speed():
     )
 
 
+def test_what_keeps_its_return_is_told_from_what_may_not():
+    reference, broken = runs(noisy(0.9, seed=1)), runs(noisy(0.0, seed=3))
+    slower = {mode: runs(noisy(0.9, seed=place), speed=50.0) for place, mode in ((4, "bf16"), (5, "fp16"))}
+    modes = {"fp32": reference, **slower, "fp8": broken, "fp16-naive": broken}
+    assert judge(modes, "fp32", CONTROLS, 0.05).advice == (
+        "Use fp32: bf16, fp16 keep its return, but none is faster or smaller here."
+    )
+    del modes["bf16"], modes["fp16"]
+    assert judge(modes, "fp32", CONTROLS, 0.05).advice == ("Use fp32: no other precision is shown to keep its return.")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
