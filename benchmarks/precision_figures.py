@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import median, median_high
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,8 @@ def time_to_return(result: TaskResults) -> Figure:
     for place, (mode, colour) in enumerate(_colours(result).items()):
         values = [never if each is None else each for each in found[mode]]
         axes.plot(_spread(place, len(values)), values, "o", color=colour, markersize=4)
-        axes.hlines(median(values), place - 0.3, place + 0.3, color=colour)
+        # The higher of two in the middle: half-way to never is nowhere.
+        axes.hlines(median_high(values), place - 0.3, place + 0.3, color=colour)
     axes.axhline(1.07 * max(known, default=1.0), color="gray", linestyle=":", linewidth=1)
     axes.text(1.01, never, "never", transform=axes.get_yaxis_transform(), va="center", fontsize="small")
     axes.set_ylim(0, 1.25 * max(known, default=1.0))
@@ -144,7 +145,7 @@ def numbers(result: TaskResults, mode: str, measure: str) -> Figure | None:
     axes.set_yticks(range(len(rows)), rows, fontsize=6)
     places = np.linspace(0, count - 1, min(count, 5)).astype(int)
     axes.set_xticks(places, [EngFormatter(places=1, sep="")(frames[place]) for place in places])
-    axes.set(xlabel="environment steps (frames)", ylabel="layer", title=f"{mode}: {measure}, {in_words(len(samples))}")
+    axes.set(xlabel="environment steps (frames)", ylabel="layer", title=f"{result.task}, {mode}: {measure}")
     figure.colorbar(image, label="% of elements", shrink=0.8)
     return figure
 

@@ -69,6 +69,7 @@ def page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title><style>{STYLE}</style></head><body>",
         f"<h1>{title}</h1>",
+        f"<p>{_text(_made_on(records, results))}</p>",
         _summary(results),
         _all_tasks(results),
         *(_task(result) for result in results),
@@ -78,6 +79,16 @@ def page(
         "</body></html>",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _made_on(records: Sequence[Mapping[str, Any]], results: Sequence[TaskResults]) -> str:
+    """Where, by what and how; what is said below holds there."""
+    hardware = records[0]["hardware"]
+    machine = f"an {hardware['gpus'][0]}" if hardware["gpus"] else f"one core of a CPU ({hardware['cpu']})"
+    recipes = " and ".join(dict.fromkeys(result.recipe.upper() for result in results))
+    emulated = any((each["conversion"] or {}).get("backend") == "emulated" for each in records)
+    note = " FP8 is emulated from the same codes, so that its speed says nothing of FP8 hardware." if emulated else ""
+    return f"Trained by {recipes} on {machine}; speeds and memory are in units of the reference's there.{note}"
 
 
 def _summary(results: Sequence[TaskResults]) -> str:
@@ -133,8 +144,8 @@ def _task(result: TaskResults) -> str:
             f'<td class="number">{_resolved(verdict)}</td><td>{_text(shares)}</td></tr>'
         )
     header = (
-        "<tr><th>mode</th><th>verdict</th><th class=number>return</th><th class=number>score</th>"
-        "<th class=number>speed</th><th class=number>memory</th><th class=number>skipped</th>"
+        "<tr><th>mode</th><th>verdict</th><th class=number>return, IQM</th><th class=number>score, IQM</th>"
+        "<th class=number>speed</th><th class=number>memory</th><th class=number>skipped, in all</th>"
         "<th class=number>P(better)</th><th class=number>resolves</th><th>linear products run in</th></tr>"
     )
     seeds = len(next(iter(result.runs.values())).seeds)
@@ -170,9 +181,8 @@ def _diagnoses(result: TaskResults) -> str:
             lines.append(f"<li><b>{_text(mode)}</b>: {share:.0%} of its updates were skipped</li>")
         found = [each["diagnosis"] for each in own if not each["diagnosis"].startswith("nothing went wrong")]
         if found:
-            lines.append(
-                f"<li><b>{_text(mode)}</b>, {len(found)} of {len(own)} runs, the first: {_text(found[0])}</li>"
-            )
+            runs = f"a fault in {len(found)} of {len(own)} runs"
+            lines.append(f"<li><b>{_text(mode)}</b>: {runs}; in the first, {_text(found[0])}</li>")
     if not lines:
         return "<p class=quiet>The updates that were looked at showed no fault.</p>"
     return f"<details open><summary>What the layers' numbers showed</summary><ul>{''.join(lines)}</ul></details>"
@@ -195,15 +205,15 @@ def _unseen(result: TaskResults) -> str:
 def _caption(name: str, seeds: int) -> str:
     captions = {
         "learning curves": "Deterministic evaluations during training. Dotted: solved.",
-        "time to solved": "A dot a seed; lines are medians.",
+        "time to solved": "A dot a seed; a line is the median (of an even number, the higher of the middle two).",
         "time of a frame": "FP8 emulated on a CPU is slower; it says nothing of FP8 hardware.",
         "memory": "Of one update; replay is what is stored at the end.",
         "loss scale and skipped updates": "A line a seed. Gaps: learning had not begun.",
     }
     kind = name.split(" in ")[0]
     words = {
-        "underflow": "The part of each operand that is zero, but not in FP32.",
-        "saturation": "The part of each operand that lies beyond its format.",
+        "underflow": "The part of each operand that is zero, but not in FP32; means. Scales differ.",
+        "saturation": "The part of each operand that lies beyond its format; means. Scales differ.",
     }
     return f"{captions.get(name, words.get(kind, ''))} {in_words(seeds).capitalize()}."
 
@@ -230,12 +240,14 @@ def _how(margin: float) -> str:
 <li><b>Equivalent</b>: on seeds paired with the reference's, two one-sided t-tests show at {LEVEL:.0%} that the mean
 difference lies within ±{margin:.0%} of that scale, both at the end and in the area under the learning curve,
 Holm-corrected over the modes of a task. <b>Worse</b> or <b>better</b>: an exact sign-flip test shows it for one of
-them. Everything else is <b>cannot tell</b>; "resolves" is the smallest margin that these seeds could have called
-equivalent.
+them, with the difference of the means; IQM, the interquartile mean, leaves out the lowest and the highest quarter of
+the seeds. Everything else is <b>cannot tell</b>; "resolves" is the smallest margin at which these seeds would have
+called the mode equivalent. P(better) is the probability that a run of it scores above one of the reference.
 Nothing is claimed with fewer than {MIN_SEEDS} seeds.</li>
-<li>Negative controls are wrong on purpose: fp16-naive keeps weights and optimizer state in FP16 and scales no loss;
-fp8-unscaled casts numbers to FP8 as they come. If none comes out worse, a task cannot tell good precisions from bad.
-</li>
+<li>Negative controls are wrong on purpose: fp16-naive keeps weights and optimizer state in FP16 and begins
+without a loss scale; fp8-unscaled casts numbers to FP8 as they come. If none comes out worse, a task cannot tell good
+precisions from bad. fp8 has a scale for each row of each product, fp8-tensorwise one for each tensor; e4m3 and e5m2 are
+the two formats of FP8.</li>
 <li>Speed and memory are medians of ratios to the reference, seed by seed. Speed counts training without evaluations and
 without the recorder of the layers' numbers.</li></ul>"""
 

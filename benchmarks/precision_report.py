@@ -60,7 +60,7 @@ class Report:
                     records=own,
                     verdict=verdict,
                     margin=self.margin,
-                    sensitive_words=_sensitive(verdict),
+                    sensitive_words=_sensitive(verdict, self.controls),
                 )
             )
         return found
@@ -129,9 +129,15 @@ def _figures(results: Sequence[TaskResults]) -> dict[str, Figure]:
     return drawn | {"all tasks profiles": precision_figures.profiles(results)}
 
 
-def _sensitive(verdict: TaskVerdict) -> str:
+def _sensitive(verdict: TaskVerdict, controls: Sequence[str]) -> str:
     if verdict.sensitive is None:
-        return "Nothing shows that this task can tell: that takes a negative control, and enough seeds."
-    if verdict.sensitive:
-        return f"A negative control came out worse (at {LEVEL:.0%}), as it must: this task can tell."
-    return "No negative control came out worse: this task cannot tell good precisions from bad."
+        return "Nothing shows that this task can tell good precisions from bad: that takes a control, and enough seeds."
+    if not verdict.sensitive:
+        return "No negative control came out worse: this task cannot tell good precisions from bad."
+    kinds = {each.mode: each.kind for each in verdict.verdicts if each.mode in controls}
+    caught = [mode for mode, kind in kinds.items() if kind == "worse"]
+    missed = [mode for mode, kind in kinds.items() if kind != "worse"]
+    said = f"{' and '.join(caught)} came out worse (at {LEVEL:.0%}), as a negative control must."
+    return said + (
+        f" {' and '.join(missed)} did not: faults of that kind do no harm here that is seen." if missed else ""
+    )

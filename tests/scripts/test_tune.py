@@ -174,7 +174,9 @@ def test_two_processes_of_which_one_is_killed_finish_the_study():
     assert sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in done) == 5
     killed = [trial for trial in done if trial.state.name == "FAIL"]
     for trial in killed:
-        assert trial.params in [other.params for other in done if other.user_attrs.get("repeats") == trial.number]
+        # Killed before it drew all of its options, it is repeated with those that it had, and others drawn anew.
+        repeats = [other.params for other in done if other.user_attrs.get("repeats") == trial.number]
+        assert any(trial.params.items() <= params.items() for params in repeats)
     assert not [trial for trial in done if trial.state.name == "RUNNING"]
     assert imageio.imread("found/history.png").std() > 0
 
