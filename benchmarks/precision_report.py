@@ -138,6 +138,4 @@ def _sensitive(verdict: TaskVerdict, controls: Sequence[str]) -> str:
     caught = [mode for mode, kind in kinds.items() if kind == "worse"]
     missed = [mode for mode, kind in kinds.items() if kind != "worse"]
     said = f"{' and '.join(caught)} came out worse (at {LEVEL:.0%}), as a negative control must."
-    return said + (
-        f" {' and '.join(missed)} did not: faults of that kind do no harm here that is seen." if missed else ""
-    )
+    return f"{said} {' and '.join(missed)} did not: no harm of such faults is seen here." if missed else said
