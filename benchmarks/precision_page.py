@@ -69,7 +69,7 @@ def page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title><style>{STYLE}</style></head><body>",
         f"<h1>{title}</h1>",
-        f"<p>{_text(_made_on(records, results))}</p>",
+        f"<p>{_text(_made_on(results))}</p>",
         _summary(results),
         _all_tasks(results),
         *(_task(result) for result in results),
@@ -81,10 +81,11 @@ def page(
     return "\n".join(part for part in parts if part)
 
 
-def _made_on(records: Sequence[Mapping[str, Any]], results: Sequence[TaskResults]) -> str:
+def _made_on(results: Sequence[TaskResults]) -> str:
     """Where, by what and how; what is said below holds there."""
-    hardware = records[0]["hardware"]
-    machine = f"an {hardware['gpus'][0]}" if hardware["gpus"] else f"one core of a CPU ({hardware['cpu']})"
+    records = [record for result in results for own in result.records.values() for record in own]
+    hardware, device = records[0]["hardware"], records[0]["run"]["config"]["device"]
+    machine = f"an {hardware['gpus'][0]}" if device.startswith("cuda") else f"one core of a CPU ({hardware['cpu']})"
     recipes = " and ".join(dict.fromkeys(result.recipe.upper() for result in results))
     emulated = any((each["conversion"] or {}).get("backend") == "emulated" for each in records)
     note = " FP8 is emulated from the same codes, so that its speed says nothing of FP8 hardware." if emulated else ""
