@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictSequential
 from torch import nn
 from torch.distributions import Distribution
 from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
-from torchrl.modules import ActorCriticWrapper, ActorValueOperator, ProbabilisticActor, ValueOperator
+from torchrl.modules import ActorCriticWrapper, ActorValueOperator, ValueOperator
 
+from fp8rl_torchrl.models.exploration import StateDependentNoise
 from fp8rl_torchrl.models.heads import ActorHead, observation_of
 from fp8rl_torchrl.models.networks import Float32Head, mlp_encoder
 from fp8rl_torchrl.models.normalize import RunningStatistics
@@ -30,7 +31,8 @@ class ActorCritic(nn.Module):
     | ``value`` | ``observation`` | ``state_value`` (float32 ``[..., 1]``) |
     | ``joint`` | ``observation`` | all of the above; a shared encoder runs once |
 
-    ``policy`` samples, or takes the mode under ``set_exploration_type(ExplorationType.DETERMINISTIC)``. The heads
+    ``policy`` samples, or takes the mode under ``set_exploration_type(ExplorationType.DETERMINISTIC)``. With
+    ``exploration``, it explores by that instead; ``joint`` always samples. The heads
     return FP32 whatever the encoder ran in. A categorical action has ``logits`` (float32 ``[..., n]``); a bounded
     continuous one has ``loc`` and ``scale`` of a tanh-Normal scaled to the bounds.
 
@@ -41,12 +43,14 @@ class ActorCritic(nn.Module):
         action_spec: The (unbatched) spec of the action.
         observation_key: The entry that the encoder reads.
         statistics: What the encoders normalise observations by, if they do.
+        exploration: How ``policy`` chooses actions by the features (``_hidden``) and the distribution's parameters;
+            None samples.
 
     Raises:
         ValueError: If the action space is neither categorical nor bounded and continuous.
     """
 
-    policy: ProbabilisticActor
+    policy: ProbabilisticTensorDictSequential
     value: TensorDictModule
     statistics: RunningStatistics | None
     _parts: tuple[TensorDictModule, TensorDictModule, TensorDictModule, TensorDictModule]
@@ -59,6 +63,7 @@ class ActorCritic(nn.Module):
         action_spec: TensorSpec,
         observation_key: str = "observation",
         statistics: RunningStatistics | None = None,
+        exploration: StateDependentNoise | None = None,
     ) -> None:
         super().__init__()
         self.statistics = statistics  # before the layers that refer to it
@@ -68,9 +73,8 @@ class ActorCritic(nn.Module):
         critic_head = Float32Head(num_features, 1)
         self.shared = critic_encoder is None
         # Collectors drop what starts with an underscore, so the features are not stored with the experience.
-        actor_out = "_hidden" if self.shared else "_actor_hidden"
-        actor_encoder = TensorDictModule(encoder, [observation_key], [actor_out])
-        actor_head = TensorDictModule(head.module, [actor_out], head.parameters)
+        actor_encoder = TensorDictModule(encoder, [observation_key], ["_hidden"])
+        actor_head = TensorDictModule(head.module, ["_hidden"], head.parameters)
         if critic_encoder is None:
             critic, critic_head = actor_encoder, ValueOperator(critic_head, ["_hidden"])
             self.joint = ActorValueOperator(actor_encoder, head.actor(action_spec, actor_head), critic_head)
@@ -80,8 +84,13 @@ class ActorCritic(nn.Module):
             value: Any = [critic, critic_head]
             actor = head.actor(action_spec, actor_encoder, actor_head)
             self.joint = ActorCriticWrapper(actor, TensorDictSequential(*value))
+        self.exploration = exploration
+        policy = self.joint.get_policy_operator()
+        if exploration is not None:
+            parts: Any = [actor_encoder, actor_head, exploration]
+            policy = ProbabilisticTensorDictSequential(*parts)
         # Views of the same modules: kept out of the module tree, in which every parameter has one name.
-        self.__dict__.update(policy=self.joint.get_policy_operator(), value=self.joint.get_value_operator())
+        self.__dict__.update(policy=policy, value=self.joint.get_value_operator())
         self.__dict__["_parts"] = (actor_encoder, actor_head, critic, critic_head)
         self._observation_key = observation_key
         self._make_distribution = functools.partial(head.distribution, **head.options)
@@ -96,6 +105,7 @@ class ActorCritic(nn.Module):
         encoder: nn.Module | None = None,
         activation: type[nn.Module] = nn.Tanh,
         normalize: bool = False,
+        state_dependent_noise: bool = False,
     ) -> ActorCritic:
         """Build an actor-critic that fits an environment's specs, on its device.
 
@@ -107,6 +117,8 @@ class ActorCritic(nn.Module):
             activation: The nonlinearity of the encoder that is built here.
             normalize: Whether the encoder that is built here normalises observations by ``agent.statistics``, which the
                 training loop updates.
+            state_dependent_noise: Whether the policy explores with `StateDependentNoise`, for which the action must be
+                a bounded vector.
 
         Raises:
             ValueError: If the observation or action space is not supported, naming it and what to do.
@@ -130,7 +142,10 @@ class ActorCritic(nn.Module):
         encoder, critic_encoder = encoders[0].to(env.device), None if shared else encoders[-1]
         with torch.no_grad():
             num_features = encoder(spec.zero().unsqueeze(0)).shape[-1]
-        agent = cls(encoder, critic_encoder, num_features, env.action_spec_unbatched, key, statistics)
+        action_spec, exploration = env.action_spec_unbatched, None
+        if state_dependent_noise:
+            exploration = StateDependentNoise(env.batch_size.numel(), num_features, action_spec)
+        agent = cls(encoder, critic_encoder, num_features, action_spec, key, statistics, exploration)
         return agent.to(env.device)
 
     def distribution_and_value(self, tensordict: TensorDictBase) -> tuple[Distribution, torch.Tensor]:

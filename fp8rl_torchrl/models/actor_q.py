@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import (
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
 from torch import nn
 from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
@@ -74,9 +79,13 @@ class ActorQ(nn.Module):
         super().__init__()
         self.statistics = statistics  # before the layers that refer to it
         self.actor, self.qvalue, self.exploration = actor, qvalue, exploration
+        policy: Any = actor
+        if exploration is not None:
+            kind = TensorDictSequential if followed is None else ProbabilisticTensorDictSequential
+            parts: Any = [actor if followed is None else followed, exploration]
+            policy = kind(*parts)
         # A view of the same modules: kept out of the module tree, in which every parameter has one name.
-        parts: Any = [actor if followed is None else followed, exploration]
-        self.__dict__["policy"] = actor if exploration is None else TensorDictSequential(*parts)
+        self.__dict__["policy"] = policy
 
     @classmethod
     def for_env(

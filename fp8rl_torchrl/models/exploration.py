@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import InteractionType, ProbabilisticTensorDictModule
+from torch.distributions import Distribution
 from torchrl.data import TensorSpec
 from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import TanhNormal
@@ -12,7 +15,7 @@ from torchrl.modules import TanhNormal
 from fp8rl_torchrl.models.heads import bounds_of, in_words
 
 
-class StateDependentNoise(TensorDictModuleBase):
+class StateDependentNoise(ProbabilisticTensorDictModule):
     r"""Turns a Normal's ``loc`` and ``scale`` into an action that explores in the same way for many steps.
 
     The action is :math:`\operatorname{squash}(\mu(s) + \sigma(s)\, u(s))` with
@@ -27,9 +30,13 @@ class StateDependentNoise(TensorDictModuleBase):
     | ``features`` | read | any floating one | ``[N, F]`` |
     | ``loc``, ``scale`` | read | float32 | ``[N, d]`` |
     | ``action`` | written | float32 | ``[N, d]``, within the bounds |
+    | ``action_log_prob`` | written | float32 | ``[N]``, under the squashed Normal, in nats |
 
-    It explores unless it is told otherwise: under ``set_exploration_type(ExplorationType.DETERMINISTIC)`` there is no
-    noise, and ``N`` may be any.
+    It is the last module of a policy, in the place of one that samples. Since :math:`u` is a standard Normal, the
+    log-probability is the one that a sampling policy gives this action, and on-policy losses can learn from it: that
+    neighbouring steps share their noise shows in no term of a loss that takes each step for itself. It explores unless
+    it is told otherwise: under ``set_exploration_type(ExplorationType.DETERMINISTIC)`` there is no noise, and ``N`` may
+    be any.
 
     Args:
         num_envs: Environments that are stepped side by side, ``N``.
@@ -41,22 +48,23 @@ class StateDependentNoise(TensorDictModuleBase):
         ValueError: If the action is no bounded vector.
     """
 
-    low: torch.Tensor
-    high: torch.Tensor
     weights: torch.Tensor
 
     def __init__(self, num_envs: int, num_features: int, action_spec: TensorSpec, features: str = "_hidden") -> None:
-        super().__init__()
         bounds = bounds_of(action_spec)
         if bounds is None:
             raise ValueError(
                 f"state-dependent noise needs a bounded continuous action, but it is {in_words(action_spec)}: explore "
                 "with noise that is independent of the state"
             )
-        self.in_keys = [features, "loc", "scale"]
-        self.out_keys = ["action"]
-        self.register_buffer("low", bounds["low"].clone(), persistent=False)
-        self.register_buffer("high", bounds["high"].clone(), persistent=False)
+        super().__init__(
+            [features, "loc", "scale"],
+            ["action"],
+            distribution_class=TanhNormal,
+            distribution_kwargs={**bounds, "tanh_loc": False},
+            return_log_prob=True,
+            default_interaction_type=InteractionType.RANDOM,
+        )
         # Saved with the agent, so that a stopped run goes on as if it had not stopped.
         self.register_buffer("weights", torch.randn(num_envs, num_features, action_spec.shape[-1]))
 
@@ -65,14 +73,17 @@ class StateDependentNoise(TensorDictModuleBase):
         """Draw another function for each environment."""
         self.weights.normal_()
 
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the action.
+    def get_dist(self, tensordict: TensorDictBase) -> Distribution:
+        """The squashed Normal that each action is drawn from, seen by itself."""
+        return TanhNormal(tensordict["loc"], tensordict["scale"], **self.distribution_kwargs)
+
+    def forward(self, tensordict: TensorDictBase, **_: Any) -> TensorDictBase:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Write the action and its log-probability.
 
         Raises:
             ValueError: If there are other environments than it was made for, and it is to explore.
         """
-        loc, scale = tensordict["loc"], tensordict["scale"]
-        before = loc
+        before = loc = tensordict["loc"]
         if exploration_type() in (None, ExplorationType.RANDOM):  # like an actor, which samples unless told otherwise
             features = tensordict[self.in_keys[0]].float()
             if features.shape[:-1] != self.weights.shape[:1]:
@@ -81,6 +92,7 @@ class StateDependentNoise(TensorDictModuleBase):
                     f"{tuple(features.shape[:-1])}"
                 )
             direction = torch.nn.functional.normalize(features, dim=-1)
-            before = loc + scale * torch.einsum("nf,nfd->nd", direction, self.weights)
-        squash = TanhNormal(loc, scale, low=self.low, high=self.high).transforms[0]
-        return tensordict.set("action", squash(before))
+            before = loc + tensordict["scale"] * torch.einsum("nf,nfd->nd", direction, self.weights)
+        distribution: Any = self.get_dist(tensordict)
+        action = distribution.transforms[0](before)
+        return tensordict.set("action", action).set("action_log_prob", distribution.log_prob(action))

@@ -66,7 +66,10 @@ def build_a2c(config: A2CConfig) -> Pipeline:
         The pipeline, not yet started.
     """
     config = config.resolved()
-    parts = make_parts(config, lambda env: make_actor_critic(config, env, config.shared))
+    noise = config.state_dependent_noise
+    parts = make_parts(
+        config, lambda env: make_actor_critic(config, env, config.shared, state_dependent_noise=noise)
+    )
     loss = RolloutA2CLoss(
         parts.agent,
         gamma=config.gamma,

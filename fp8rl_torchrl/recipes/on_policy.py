@@ -58,6 +58,9 @@ class OnPolicyConfig(FreshConfig):
     """Weight of the critic's loss."""
     entropy_coeff: float = 0.01
     """Weight of the entropy bonus."""
+    state_dependent_noise: bool = False
+    """Whether a continuous action explores with noise that is a function of the state, another one in each collection,
+    instead of noise that is drawn at every step."""
     normalize_advantage: bool = True
     """Whether a batch's advantages are shifted and scaled to mean 0 and standard deviation 1."""
 

@@ -71,19 +71,23 @@ class PPOConfig(OnPolicyConfig):
             "eval_every": 20_480,
         },
         "MountainCarContinuous-v0": {
-            "total_frames": 300_000,
-            "num_envs": 128,
-            "frames_per_collection": 16_384,
-            "batch_size": 2048,
+            "total_frames": 15_360,
+            "num_envs": 6,
+            "frames_per_collection": 768,
+            "epochs": 10,
+            "batch_size": 256,
             "shared": False,
-            "lr": 2e-3,
+            "state_dependent_noise": True,
+            "lr": 1e-3,
             "gamma": 0.999,
             "lmbda": 0.97,
+            # Until the goal is found, all there is to learn is that acting costs.
+            "entropy_coeff": 0.03,
             "reward_scale": 0.1,
             "normalize_observation": True,
             "precision": "fp32",
             "collector": "fused",
-            "eval_every": 50_000,
+            "eval_every": 1536,
         },
         "LunarLander-v3": {
             "total_frames": 600_000,
@@ -155,7 +159,10 @@ def build_ppo(config: PPOConfig) -> Pipeline:
         The pipeline, not yet started.
     """
     config = config.resolved()
-    parts = make_parts(config, lambda env: make_actor_critic(config, env, config.shared))
+    noise = config.state_dependent_noise
+    parts = make_parts(
+        config, lambda env: make_actor_critic(config, env, config.shared, state_dependent_noise=noise)
+    )
     advantage = RolloutAdvantage(
         parts.agent, gamma=config.gamma, lmbda=config.lmbda, episode_ends=config.episode_ends(parts.env)
     )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from tensordict import TensorDictBase
 from torchrl.objectives import DiscreteSACLoss, SACLoss
 
 from fp8rl_torchrl.models.actor_q import ActorQ
 from fp8rl_torchrl.recipes.off_policy import PENDULUM, OffPolicyConfig
 from fp8rl_torchrl.recipes.wiring import ACTIVATIONS, make_optimizer, make_parts, make_pipeline, make_step
-from fp8rl_torchrl.training.loop import Pipeline, Report
+from fp8rl_torchrl.training.loop import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +126,4 @@ def build_sac(config: SACConfig) -> Pipeline:
         "loss_alpha": make_optimizer(config, [loss.log_alpha]),
     }
     step = make_step(config, loss, optimizer=optimizers, target_updater=config.target_updater(loss))
-    exploration = parts.agent.exploration
-
-    def explore_anew(rollout: TensorDictBase, report: Report) -> None:
-        if exploration is not None:
-            exploration.resample()
-
-    learned_from = config.learned_from(loss)
-    return make_pipeline(config, parts, loss, step, config.make_replay(), after_collection=explore_anew, **learned_from)
+    return make_pipeline(config, parts, loss, step, config.make_replay(), **config.learned_from(loss))

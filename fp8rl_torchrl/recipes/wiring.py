@@ -15,6 +15,7 @@ from torchrl.envs import EnvBase
 from fp8rl_torchrl.data.collect import make_collector
 from fp8rl_torchrl.data.fused import FusedCollector
 from fp8rl_torchrl.models.actor_critic import ActorCritic
+from fp8rl_torchrl.models.exploration import StateDependentNoise
 from fp8rl_torchrl.precision.convert import ConversionReport, convert
 from fp8rl_torchrl.precision.twin import twin
 from fp8rl_torchrl.recipes.config import RecipeConfig
@@ -71,12 +72,10 @@ def make_parts(config: RecipeConfig, make_agent: Callable[[EnvBase], Any], **opt
     return Parts(env, agent, collector_for(config, env, agent.policy, **options), conversion)
 
 
-def make_actor_critic(config: RecipeConfig, env: EnvBase, shared: bool = True) -> ActorCritic:
-    """An actor-critic, not yet converted."""
-    normalize = config.normalize_observation
-    return ActorCritic.for_env(
-        env, config.hidden, shared, activation=ACTIVATIONS[config.activation], normalize=normalize
-    )
+def make_actor_critic(config: RecipeConfig, env: EnvBase, shared: bool = True, **options: Any) -> ActorCritic:
+    """An actor-critic, not yet converted; other options are those of `ActorCritic.for_env`."""
+    activation, normalize = ACTIVATIONS[config.activation], config.normalize_observation
+    return ActorCritic.for_env(env, config.hidden, shared, activation=activation, normalize=normalize, **options)
 
 
 def collector_for(config: RecipeConfig, env: EnvBase, policy: Any, **options: Any) -> BaseCollector:
@@ -128,7 +127,7 @@ def make_pipeline(
     replay: TensorDictReplayBuffer | None,
     **options: Any,
 ) -> Pipeline:
-    """Put the parts together; what the configuration says of rewards and observations comes with it.
+    """Put the parts together; what the configuration says of rewards, observations and exploration comes with it.
 
     Args:
         config: The options.
@@ -140,7 +139,7 @@ def make_pipeline(
     """
     prepare: Any = options.pop("prepare", None)
     after: Any = options.pop("after_collection", None)
-    statistics = getattr(parts.agent, "statistics", None)
+    statistics, exploration = (getattr(parts.agent, name, None) for name in ("statistics", "exploration"))
 
     def complete(rollout: TensorDictBase) -> TensorDictBase:
         rollout = _rescaled(config, rollout)
@@ -149,6 +148,8 @@ def make_pipeline(
     def finish(rollout: TensorDictBase, report: Report) -> None:
         if statistics is not None:  # only now: the updates saw the observations as the collecting policy did
             statistics.update(rollout["observation"])
+        if isinstance(exploration, StateDependentNoise):
+            exploration.resample()
         if after is not None:
             after(rollout, report)
 
