@@ -1,5 +1,6 @@
 """`StateDependentNoise`: what it writes, worked out by hand, and how long it stays the same."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,11 +11,13 @@ from torchrl.data import Bounded, Categorical
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from fp8rl_torchrl.envs import PendulumEnv
+from fp8rl_torchrl.models.actor_critic import ActorCritic
 from fp8rl_torchrl.models.actor_q import ActorQ
 from fp8rl_torchrl.models.exploration import StateDependentNoise
-from fp8rl_torchrl.recipes import SACConfig, build
+from fp8rl_torchrl.recipes import A2CConfig, PPOConfig, SACConfig, build
 
 BOX = Bounded(torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 10.0]))
+CAR = "MountainCarContinuous-v0"
 RANDOM, DETERMINISTIC = ExplorationType.RANDOM, ExplorationType.DETERMINISTIC
 
 
@@ -87,13 +90,49 @@ def test_without_noise_the_policy_is_the_actor(explores):
     assert ("exploration.weights" in agent.state_dict()) == explores
 
 
-def test_no_log_probability_is_left_of_an_action_that_was_not_taken():
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_the_log_probability_is_that_of_the_squashed_normal(scale):
+    """By hand, with x = 0.25 + scale · u: log N(x) - log(half the interval · (1 - tanh² x)), over both components."""
+    noise = StateDependentNoise(1, 2, BOX)
+    noise.weights.copy_(torch.tensor([[[1.0, -1.0], [2.0, 0.5]]]))
+    with set_exploration_type(RANDOM):
+        written = noise(parameters(scale=scale))
+    expected = 0.0
+    for u, half in ((2.2, 2.0), (-0.2, 5.0)):
+        density = math.exp(-(u**2) / 2) / (scale * math.sqrt(2 * math.pi))
+        expected += math.log(density / (half * (1 - math.tanh(0.25 + scale * u) ** 2)))
+    assert written["action_log_prob"].item() == pytest.approx(expected, abs=0.02 if scale > 1 else 1e-4)
+
+
+@pytest.mark.parametrize("agent", [ActorQ, ActorCritic])
+def test_the_policy_gives_the_taken_action_the_log_probability_that_it_stores(agent):
     env = PendulumEnv(num_envs=2, seed=0)
-    agent = ActorQ.for_env(env, (16, 16), state_dependent_noise=True)
+    agent = agent.for_env(env, (16, 16), state_dependent_noise=True)
     with set_exploration_type(RANDOM):
         written = agent.policy(env.reset())
-    assert "action_log_prob" not in written.keys()
     assert env.action_spec.is_in(written["action"])
+    again = agent.policy.get_dist(written.select("observation")).log_prob(written["action"])
+    assert torch.equal(again, written["action_log_prob"])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_actor_critic_explores_by_it_and_its_losses_do_not_see_it(shared):
+    torch.manual_seed(0)
+    env = PendulumEnv(num_envs=3, seed=0)
+    agent = ActorCritic.for_env(env, (16, 16), shared, state_dependent_noise=True)
+    seen = TensorDict(observation=torch.randn(3, 3), batch_size=[3])
+    with set_exploration_type(RANDOM):
+        first, again = (agent.policy(seen.copy())["action"] for _ in range(2))
+        agent.exploration.resample()
+        later = agent.policy(seen.copy())["action"]
+        drawn = {agent.joint(seen.copy())["action"][0].item() for _ in range(2)}
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+    assert len(drawn) == 2  # joint samples at every call
+    with set_exploration_type(DETERMINISTIC):
+        assert torch.equal(agent.policy(seen.copy())["action"], agent.joint(seen.copy())["action"])
+    many = TensorDict(observation=torch.randn(7, 5, 3), batch_size=[7, 5])
+    assert agent.distribution_and_value(many)[1].shape == (7, 5, 1)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +141,7 @@ def test_no_log_probability_is_left_of_an_action_that_was_not_taken():
         (lambda: StateDependentNoise(4, 2, Categorical(3, (), dtype=torch.int64)), "needs a bounded continuous action"),
         (lambda: agent_of(noise=0.1, state_dependent_noise=True), "is for a stochastic actor"),
         (lambda: build(SACConfig.for_task("CartPole-v1", state_dependent_noise=True)), "continuous action"),
+        (lambda: build(PPOConfig.for_task("CartPole-v1", state_dependent_noise=True)), "continuous action"),
     ],
 )
 def test_what_cannot_be_is_refused(make, words):
@@ -115,12 +155,26 @@ def test_other_environments_are_refused():
         noise(parameters(3))
 
 
-def test_the_recipe_explores_in_another_way_in_each_collection():
-    options = {"num_envs": 4, "frames_per_collection": 128, "total_frames": 256, "min_replay": 1024}
-    config = SACConfig(env="MountainCarContinuous-v0", device="cpu", state_dependent_noise=True, **options)
-    pipeline = build(config)
+SMALL = {"num_envs": 4, "frames_per_collection": 128, "total_frames": 256, "device": "cpu", "collector": "torchrl"}
+EACH = [SACConfig(**SMALL, env=CAR, min_replay=1024), PPOConfig(**SMALL, env=CAR, batch_size=64)]
+
+
+@pytest.mark.parametrize("config", [*EACH, A2CConfig(**SMALL, env=CAR)], ids=["sac", "ppo", "a2c"])
+def test_the_recipe_explores_in_another_way_in_each_collection(config):
+    pipeline = build(dataclasses.replace(config, state_dependent_noise=True))
     found = [pipeline.agent.exploration.weights.clone()]
     found += [pipeline.agent.exploration.weights.clone() for _ in pipeline]
     assert len(found) == 3
     assert not torch.equal(found[0], found[1])
     assert not torch.equal(found[1], found[2])
+
+
+def test_what_ppo_collects_is_as_likely_to_the_learner():
+    """The gap between rollout and learner is nothing in FP32, and seen where they differ."""
+    config = dataclasses.replace(EACH[1], state_dependent_noise=True)
+    gaps = {}
+    for precision in ("fp32", "bf16"):
+        options = {"precision": precision, "rollout_precision": "fp32"}
+        *_, report = build(dataclasses.replace(config, **options))
+        gaps[precision] = report.metrics["rollout_ratio_error"]
+    assert gaps["fp32"] < 1e-5 < gaps["bf16"]
