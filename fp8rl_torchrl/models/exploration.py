@@ -63,7 +63,7 @@ class StateDependentNoise(ProbabilisticTensorDictModule):
             distribution_class=TanhNormal,
             distribution_kwargs={**bounds, "tanh_loc": False},
             return_log_prob=True,
-            default_interaction_type=InteractionType.RANDOM,
+            default_interaction_type=InteractionType.RANDOM,  # pyright: ignore[reportArgumentType]
         )
         # Saved with the agent, so that a stopped run goes on as if it had not stopped.
         self.register_buffer("weights", torch.randn(num_envs, num_features, action_spec.shape[-1]))

@@ -67,9 +67,7 @@ def build_a2c(config: A2CConfig) -> Pipeline:
     """
     config = config.resolved()
     noise = config.state_dependent_noise
-    parts = make_parts(
-        config, lambda env: make_actor_critic(config, env, config.shared, state_dependent_noise=noise)
-    )
+    parts = make_parts(config, lambda env: make_actor_critic(config, env, config.shared, state_dependent_noise=noise))
     loss = RolloutA2CLoss(
         parts.agent,
         gamma=config.gamma,

@@ -160,9 +160,7 @@ def build_ppo(config: PPOConfig) -> Pipeline:
     """
     config = config.resolved()
     noise = config.state_dependent_noise
-    parts = make_parts(
-        config, lambda env: make_actor_critic(config, env, config.shared, state_dependent_noise=noise)
-    )
+    parts = make_parts(config, lambda env: make_actor_critic(config, env, config.shared, state_dependent_noise=noise))
     advantage = RolloutAdvantage(
         parts.agent, gamma=config.gamma, lmbda=config.lmbda, episode_ends=config.episode_ends(parts.env)
     )
