@@ -45,7 +45,14 @@ class DQNConfig(OffPolicyConfig):
     """
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "CartPole-v1": {**_CONTROL, "total_frames": 40_000, "epsilon_frames": 8000, "target_return": 500.0},
+        "CartPole-v1": {
+            **_CONTROL,
+            "total_frames": 80_000,
+            "lr_final": 0.02,
+            "epsilon_frames": 8000,
+            "eval_episodes": 100,
+            "target_return": 500.0,
+        },
         "Acrobot-v1": {
             **_CONTROL,
             "total_frames": 60_000,

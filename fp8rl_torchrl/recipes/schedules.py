@@ -20,14 +20,19 @@ def lr_factor(kind: str, updates: int, final: float) -> Callable[[torch.Tensor],
     if kind == "constant":
         return None
 
-    def linear(done: torch.Tensor) -> torch.Tensor:
+    def falling(done: torch.Tensor) -> torch.Tensor:
         return (1 - (1 - final) * done / updates).clamp(min=final)
 
     def cosine(done: torch.Tensor) -> torch.Tensor:
         passed = (done / updates).clamp(max=1.0)
         return final + (1 - final) * (1 + torch.cos(math.pi * passed)) / 2
 
-    return cosine if kind == "cosine" else linear
+    return cosine if kind == "cosine" else falling
+
+
+def linear(first: float, last: float, steps: float, done: float) -> float:
+    """A number that moves evenly from ``first`` to ``last`` in so many steps, and stays there."""
+    return last if done >= steps else first + (last - first) * done / steps
 
 
 def epsilon_at(
@@ -47,4 +52,4 @@ def epsilon_at(
     """
     if kind == "exponential":
         return max(last, first * decay**episodes)
-    return max(last, first + (last - first) * frames / steps)
+    return linear(first, last, steps, frames)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp8rl_torchrl.recipes.schedules import epsilon_at, lr_factor
+from fp8rl_torchrl.recipes.schedules import epsilon_at, linear, lr_factor
 
 
 def factors(kind, updates, final, done):
@@ -63,10 +63,16 @@ def test_a_factor_stays_on_the_device():
         assert lr_factor(kind, 10, 0.5)(done).device.type == "meta"
 
 
+@pytest.mark.parametrize(("first", "last"), [(2.0, 0.5), (0.5, 2.0)])
+def test_a_number_moves_evenly_and_rests(first, last):
+    middle = (first + last) / 2
+    assert [linear(first, last, 4, done) for done in (0, 2, 4, 9)] == [first, middle, last, last]
+
+
 # ------------------------------------------------------------------------------------------------------ exploration
 
 
-def linear(frames, first=1.0, last=0.05, steps=1000, episodes=0):
+def epsilon(frames, first=1.0, last=0.05, steps=1000, episodes=0):
     return epsilon_at("linear", first, last, decay=0.5, steps=steps, frames=frames, episodes=episodes)
 
 
@@ -75,9 +81,9 @@ def exponential(episodes, first=1.0, last=0.01, decay=0.995, frames=0):
 
 
 def test_epsilon_falls_linearly_with_the_frames():
-    found = [linear(frames) for frames in (0, 100, 500, 999, 1000, 10**9)]
+    found = [epsilon(frames) for frames in (0, 100, 500, 999, 1000, 10**9)]
     assert found == pytest.approx([1.0, 0.905, 0.525, 0.05095, 0.05, 0.05])
-    assert linear(500, episodes=10**6) == linear(500), "episodes do not matter"
+    assert epsilon(500, episodes=10**6) == epsilon(500), "episodes do not matter"
 
 
 def test_epsilon_falls_by_a_factor_for_every_episode():

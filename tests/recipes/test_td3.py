@@ -28,6 +28,8 @@ def small(**options):
     ("options", "message"),
     [
         ({"noise": -0.1}, "noise must be >= 0; got -0.1"),
+        ({"noise_final": -0.2}, "noise_final must be >= 0; got -0.2"),
+        ({"noise_frames": 0}, "noise_frames must be >= 1; got 0"),
         ({"target_noise": math.nan}, "target_noise must be >= 0"),
         ({"target_noise_clip": -1.0}, "target_noise_clip must be >= 0; got -1.0"),
         ({"actor_every": 0}, "actor_every must be >= 1; got 0"),
@@ -81,6 +83,18 @@ def test_noise_is_in_units_of_half_the_actions_interval():
     assert plain.unique().numel() == 1
     assert explored.std().item() == pytest.approx(1.0, rel=0.1)  # 0.5 x 2, of which 2 in 100 meet a bound
     assert explored.abs().max() <= 2
+
+
+def test_noise_falls_with_the_frames_that_were_collected():
+    pipeline = build(small(noise=2.0, noise_final=0.5, noise_frames=4 * SMALL.frames_per_collection, total_frames=None))
+    found = [pipeline.agent.exploration.sigma.item()]
+    for report in pipeline:
+        found.append(pipeline.agent.exploration.sigma.item())
+        if len(found) == 7:
+            break
+    assert report.frames == 6 * SMALL.frames_per_collection
+    assert found == [2.0, 1.625, 1.25, 0.875, 0.5, 0.5, 0.5]
+    assert TD3Config(noise=0.3).noise_after(10**6) == 0.3  # unless it is said
 
 
 def test_without_noise_the_policy_does_not_explore():
