@@ -123,7 +123,7 @@ def _theirs(run: Run, exam: Exam, core: int | None, limit: float) -> Job:
     try:
         installed = version("stable_baselines3")
     except PackageNotFoundError:
-        raise ValueError('Stable-Baselines3 is not installed; run: pip install "fp8rl_torchrl[test]"') from None
+        raise ValueError("Stable-Baselines3 is not installed; run: pip install stable-baselines3") from None
     program = Path(__file__).with_name("sb3_tuned.py")
     # Of the package, only what judges can change the result; the rest may change without training theirs again.
     judges = [file for file in package_files() if file.parts[-2:] in (("training", "evaluate.py"), ("envs", "gym.py"))]

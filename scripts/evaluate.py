@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
     try:
         if options.video and Path(options.video).suffix not in (".gif", ".mp4"):
             raise ValueError(f"--video takes a .gif or .mp4 file; got {options.video}")
+        if options.episodes < 1:  # before a checkpoint is loaded
+            raise ValueError(f"--episodes must be >= 1; got {options.episodes}")
         config, pipeline, checkpoint = open_run(options.run, options.checkpoint, options.best, device=options.device)
         if options.video:
             record_video(pipeline.agent.policy, config.env, options.video, seed=options.seed)

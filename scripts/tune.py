@@ -105,11 +105,14 @@ class Progress:
         self.bar.write(self.row(trial))
         self.show("")
 
+    def missed(self, trial: FrozenTrial) -> int:
+        """How many of a trial's seeds did not reach the target, where there is one."""
+        return 0 if self.target is None else sum(each < self.target for each in trial.user_attrs.get("returns", ()))
+
     def row(self, trial: FrozenTrial) -> str:
         """A trial in one line."""
-        refused, returns = trial.user_attrs.get("refused"), trial.user_attrs.get("returns", ())
-        missed = 0 if self.target is None else sum(each < self.target for each in returns)
-        note = refused or (f"{missed} of {len(returns)} seeds missed the target" if missed else "")
+        refused, missed = trial.user_attrs.get("refused"), self.missed(trial)
+        note = refused or (f"{missed} of {self.seeds} seeds missed the target" if missed else "")
         state = "refused" if refused else {"COMPLETE": "complete", "PRUNED": "pruned"}[trial.state.name]
         value = f"{trial.value:.6g}" if trial.value is not None else ""
         options = "  ".join(f"{name}={_short(trial.params[name])}" for name in self.names if name in trial.params)
@@ -303,6 +306,8 @@ def summarize(shared: SharedStudy, progress: Progress, out: Path) -> None:
     print(f"\n{len(ranked)} trials complete, {len(pruned) - refused} pruned, {refused} refused. The best:")
     for trial in ranked[:5]:
         print(progress.row(trial))
+    if missed := progress.missed(ranked[0]):
+        print(f"none reached the target with every seed: the best missed it with {missed} of {progress.seeds}")
     print(f"best configuration: {out}/best.json; train it: python scripts/train.py --config {out}/best.json")
 
 

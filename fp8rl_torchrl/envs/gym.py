@@ -269,12 +269,12 @@ def _build(id: str | EnvSpec, num_envs: int | None, kwargs: dict[str, Any]) -> g
 
 
 def _what_to_install(name: str, error: Exception) -> str:
-    """The extra of this package that brings what an environment lacks, as the end of a message."""
+    """The extra of Gymnasium that brings what an environment lacks, as the end of a message."""
     spec = gymnasium.registry.get(name.rpartition(":")[2])
     if spec is None or not isinstance(error, (gymnasium.error.DependencyNotInstalled, ImportError)):
         return ""
     extra = next((extra for extra in _EXTRAS if f".{extra}." in str(spec.entry_point)), None)
-    return "" if extra is None else f'. In short: pip install "fp8rl_torchrl[{extra}]"'
+    return "" if extra is None else f'. In short: pip install "gymnasium[{extra}]"'
 
 
 def _wrap_existing(

@@ -20,6 +20,11 @@ from fp8rl_torchrl.models.networks import Float32Head
 
 def observation_of(env: EnvBase, encoder: nn.Module | None) -> tuple[str, TensorSpec]:
     """The key and the unbatched spec of the entry that the agent observes."""
+    if not hasattr(env, "observation_spec_unbatched"):
+        raise TypeError(
+            f"an agent is built for an environment, such as fp8rl_torchrl.envs.make('CartPole-v1', num_envs=8); got "
+            f"{env!r}"
+        )
     specs = env.observation_spec_unbatched
     key = next((name for name in ("observation", "pixels") if name in specs.keys()), None)
     if key is None:

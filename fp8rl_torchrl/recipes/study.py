@@ -41,7 +41,7 @@ def require_optuna() -> None:
         StudyError: If it is not installed.
     """
     if importlib.util.find_spec("optuna") is None:
-        raise StudyError('Optuna is not installed; run: pip install "fp8rl_torchrl[tune]"')
+        raise StudyError("Optuna is not installed; run: pip install optuna")
 
 
 def make_sampler(

@@ -134,7 +134,7 @@ def require_wandb() -> None:
         ValueError: If it is not installed.
     """
     if importlib.util.find_spec("wandb") is None:
-        raise ValueError('W&B is not installed; run: pip install "fp8rl_torchrl[wandb]"')
+        raise ValueError("W&B is not installed; run: pip install wandb")
 
 
 def _finite(row: Mapping[str, float]) -> Iterator[tuple[str, float]]:

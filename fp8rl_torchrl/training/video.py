@@ -37,14 +37,14 @@ def record_video(
     try:
         import imageio.v3 as imageio
     except ImportError as error:
-        raise ImportError('recording needs imageio; run: pip install "fp8rl_torchrl[video]"') from error
+        raise ImportError('recording needs imageio; run: pip install "imageio[ffmpeg]"') from error
     try:
         env = gymnasium.make("fp8rl/CustomEnv-v0" if env_id == "CustomEnv" else env_id, render_mode="rgb_array")
         if isinstance(env.observation_space, gymnasium.spaces.Discrete):
             env = gymnasium.wrappers.FlattenObservation(env)  # one-hot, as `envs.make` presents it to the policy
         frames, fps = _play(policy, env, seed), env.metadata.get("render_fps", 30)
     except (gymnasium.error.Error, ImportError) as error:
-        advice = 'pip install "fp8rl_torchrl[video]" may help'
+        advice = 'pip install "gymnasium[classic-control]" may help'
         raise ValueError(f"{env_id} cannot be rendered: {error}; {advice}") from error
     if path.suffix == ".gif":
         imageio.imwrite(path, frames, duration=1000 / fps, loop=0)
@@ -52,7 +52,7 @@ def record_video(
         try:
             imageio.imwrite(path, frames, fps=fps)
         except (ImportError, OSError, ValueError) as error:
-            raise ImportError('writing mp4 needs ffmpeg; run: pip install "fp8rl_torchrl[video]"') from error
+            raise ImportError('writing mp4 needs ffmpeg; run: pip install "imageio[ffmpeg]"') from error
     return len(frames)
 
 

@@ -66,7 +66,7 @@ def test_a_missing_simulator_is_named_with_the_extra_that_brings_it(
     monkeypatch.setitem(sys.modules, simulator, None)
     for module in [each for each in sys.modules if each.startswith(f"gymnasium.envs.{extra}")]:
         monkeypatch.delitem(sys.modules, module)
-    with pytest.raises(ValueError, match=rf"{name}.*pip install \"fp8rl_torchrl\[{extra}\]\""):
+    with pytest.raises(ValueError, match=rf"{name}.*pip install \"gymnasium\[{extra}\]\""):
         make(prefix + name, num_envs)
 
 

@@ -54,6 +54,11 @@ def test_an_encoder_of_ones_own_takes_anything(observation):
     assert (key, spec) == ("observation", observation)
 
 
+def test_what_is_no_environment_is_named():
+    with pytest.raises(TypeError, match=r"built for an environment, such as .*make.*; got 'CartPole-v1'"):
+        observation_of("CartPole-v1", None)
+
+
 # --- intervals ---
 
 

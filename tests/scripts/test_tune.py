@@ -88,7 +88,9 @@ def test_frames_to_a_target_are_minimised():
 def test_a_trial_that_misses_the_target_says_so(capsys):
     argv = ("--objective=frames", "--target-return=1e9", "--space", "lr=1e-3,1e-2", "--trials=1", "--seeds=2")
     assert call(tune, *SEARCH, *argv) == 0
-    assert re.search(r"complete .* lr=\S+  \(2 of 2 seeds missed the target\)", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(r"complete .* lr=\S+  \(2 of 2 seeds missed the target\)", out)
+    assert "none reached the target with every seed: the best missed it with 2 of 2" in out
 
 
 def test_a_combination_that_the_recipe_refuses_is_passed_over(capsys):

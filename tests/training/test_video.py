@@ -52,7 +52,7 @@ def test_the_seed_chooses_the_episode_and_the_policy_plays_its_mode(tmp_path):
 def test_mp4_is_written_or_says_what_it_needs(tmp_path):
     path = tmp_path / "left.mp4"
     if importlib.util.find_spec("imageio_ffmpeg") is None and importlib.util.find_spec("av") is None:
-        with pytest.raises(ImportError, match=r'needs ffmpeg; run: pip install "fp8rl_torchrl\[video\]"'):
+        with pytest.raises(ImportError, match=r'needs ffmpeg; run: pip install "imageio\[ffmpeg\]"'):
             record_video(constantly(0), "CustomEnv", path)
         assert not path.exists()
     else:
@@ -83,7 +83,7 @@ def test_an_environment_that_does_not_exist_is_refused(tmp_path):
 def test_without_imageio_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "imageio.v3", None)
     monkeypatch.setitem(sys.modules, "imageio", None)
-    with pytest.raises(ImportError, match=r'pip install "fp8rl_torchrl\[video\]"'):
+    with pytest.raises(ImportError, match=r'pip install "imageio\[ffmpeg\]"'):
         record_video(constantly(0), "CustomEnv", tmp_path / "out.gif")
 
 
