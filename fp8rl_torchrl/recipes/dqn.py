@@ -48,8 +48,13 @@ class DQNConfig(OffPolicyConfig):
         "CartPole-v1": {
             **_CONTROL,
             "total_frames": 80_000,
-            "lr_final": 0.02,
+            # A good policy soon sees nothing but balance, and forgets how to come back to it: old transitions are kept,
+            # and one action in five stays random.
+            "replay_size": 100_000,
             "epsilon_frames": 8000,
+            "epsilon_final": 0.2,
+            "gamma": 0.995,
+            "lr_final": 0.02,
             "eval_episodes": 100,
             "target_return": 500.0,
         },
