@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from mode_cell import MEASURES, PARTS, ROLES
 from precision_records import TaskResults, curve_of, interval, median_seconds, seconds_to
 from scores import iqm, profile
@@ -21,6 +22,8 @@ SIZE = (5.4, 3.5)
 """Of a figure, in inches: readable on a phone, where it takes the whole width."""
 MODES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb8866", "#999999")
 """Colours of the modes (Tol's bright scheme), told apart by most colour-blind eyes and on both backgrounds."""
+LOWEST_SCALE = 2.0**-24
+"""Of the loss, that is drawn."""
 SHADES = ("#4477aa", "#66ccee", "#ccbb44", "#ee6677", "#999999")
 
 
@@ -40,23 +43,52 @@ def _seeds(result: TaskResults) -> str:
     return in_words(len(next(iter(result.runs.values())).seeds))
 
 
-def curves(result: TaskResults, axes: Axes | None = None) -> Figure | None:
-    """Learning curves: the interquartile mean of the score, with its bootstrap interval."""
-    figure = None
-    if axes is None:
-        title = f"{result.task}: learning, IQM of {_seeds(result)}, 95 % interval"
-        figure, axes = _one(title, xlabel="environment steps (frames)", ylabel="score (0 random, 1 solved)")
-    for mode, colour in _colours(result).items():
-        found = [curve_of(result.task, record) for record in result.records[mode]]
-        frames = [median(each) for each in zip(*(at for at, _ in found), strict=True)]
-        scores = [list(each) for each in zip(*(values for _, values in found), strict=True)]
-        low, high = zip(*(interval(each) for each in scores), strict=True)
-        axes.plot(frames, [iqm(each) for each in scores], color=colour, label=mode, linewidth=1.4)
-        axes.fill_between(frames, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.axhline(1, color="gray", linestyle=":", linewidth=1)
-    axes.xaxis.set_major_formatter(EngFormatter(places=1, sep=""))
-    axes.legend(fontsize="x-small", ncols=2)
+def curves(result: TaskResults) -> Figure:
+    """Learning curves: the interquartile mean of the score and its bootstrap interval, each mode on the reference's."""
+    modes = _others(result)
+    columns = min(len(modes), 3)
+    rows = -(-len(modes) // columns)
+    figure = Figure(figsize=(SIZE[0], 0.9 + 1.5 * rows), layout="constrained")
+    every = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    _panels(result, every)
+    for axes, mode in zip(every, modes, strict=False):
+        axes.set_title(mode, fontsize="small")
+    for axes in every[len(modes) :]:
+        axes.set_axis_off()
+    said = f"{result.task}: learning, IQM of {_seeds(result)}, 95 % interval; black: {result.reference}"
+    figure.suptitle(said, fontsize="medium")
+    figure.supxlabel("environment steps (frames)", fontsize="medium")
+    figure.supylabel("score (0 random, 1 solved)", fontsize="medium")
     return figure
+
+
+def _others(result: TaskResults) -> list[str]:
+    return [mode for mode in result.runs if mode != result.reference]
+
+
+def _panels(result: TaskResults, every: Sequence[Axes]) -> None:
+    """One axes for each mode but the reference, which stands behind each in black."""
+    curve = {mode: _curve(result, mode) for mode in result.runs}
+    colours = _colours(result)
+    for axes, mode in zip(every, _others(result), strict=False):
+        for name, colour in ((result.reference, "k"), (mode, colours[mode])):
+            frames, middle, low, high = curve[name]
+            axes.plot(frames, middle, color=colour, label=name, linewidth=1.2)
+            axes.fill_between(frames, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.axhline(1, color="gray", linestyle=":", linewidth=1)
+        axes.grid(alpha=0.25)
+        axes.tick_params(labelsize="x-small")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _curve(result: TaskResults, mode: str) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Frames, and of the scores the interquartile mean and both ends of its interval."""
+    found = [curve_of(result.task, record) for record in result.records[mode]]
+    frames = [median(each) for each in zip(*(at for at, _ in found), strict=True)]
+    scores = [list(each) for each in zip(*(values for _, values in found), strict=True)]
+    low, high = zip(*(interval(each) for each in scores), strict=True)
+    return frames, [iqm(each) for each in scores], list(low), list(high)
 
 
 def time_to_return(result: TaskResults) -> Figure:
@@ -113,8 +145,10 @@ def loss_scale(result: TaskResults) -> Figure | None:
             label = mode if seed == 0 else None
             scales.step(frames, [math.nan if s is None else s for s in scale], color=colours[mode], alpha=0.6, lw=1)
             skips.plot(frames, skipped, color=colours[mode], alpha=0.6, linewidth=1, label=label)
-    scales.set(title=f"{result.task}: loss scale and skipped updates, {_seeds(result)}", ylabel="loss scale")
+    scales.set(title=f"{result.task}: loss scale, skipped updates, {_seeds(result)}", ylabel="loss scale")
     scales.set_yscale("log", base=2)
+    # One that is halved for ever is not followed to where it ends.
+    scales.set_ylim(bottom=max(scales.get_ylim()[0], LOWEST_SCALE))
     skips.set(xlabel="environment steps (frames)", ylabel="skipped, in all")
     skips.xaxis.set_major_formatter(EngFormatter(places=1, sep=""))
     skips.legend(fontsize="x-small")
@@ -125,29 +159,36 @@ def loss_scale(result: TaskResults) -> Figure | None:
 
 def numbers(result: TaskResults, mode: str, measure: str) -> Figure | None:
     """A heat map of a mode's ``underflow`` or ``saturation`` by layer and update, means over seeds; None if all 0."""
-    samples = [each["numerics"] for each in result.records[mode] if each["numerics"]["values"]]
-    if not samples:
-        return None
-    count, place = min(len(own["frames"]) for own in samples), MEASURES.index(measure)
-    names = samples[0]["layers"]
-    # [seeds, updates, layers, roles], NaN where a number was not finite
-    values = np.array([own["values"][:count] for own in samples], dtype=np.float64)[..., place]
-    table = values.mean(0).reshape(count, -1).T
+    table = _parts(result, mode, measure)
     if not np.nanmax(table, initial=0.0) > 0:
         return None
-    rows = [f"{place + 1} {role}" for place in range(len(names)) for role in ROLES]
+    largest = max(np.nanmax(_parts(result, each, measure), initial=0.0) for each in result.records)
+    sample = result.records[mode][0]["numerics"]
+    rows = [f"{place + 1} {role}" for place in range(len(sample["layers"])) for role in ROLES]
     figure = Figure(figsize=(SIZE[0], 1.6 + 0.16 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    frames = samples[0]["frames"]
-    image = axes.imshow(
-        100 * table, aspect="auto", cmap="magma_r", vmin=0, vmax=max(1e-9, float(100 * np.nanmax(table)))
-    )
+    # One scale for all modes of the task, on which small parts can be seen beside large ones.
+    norm = PowerNorm(0.4, vmin=0, vmax=100 * largest)
+    image = axes.imshow(100 * table, aspect="auto", cmap="magma_r", norm=norm)
     axes.set_yticks(range(len(rows)), rows, fontsize=6)
-    places = np.linspace(0, count - 1, min(count, 5)).astype(int)
-    axes.set_xticks(places, [EngFormatter(places=1, sep="")(frames[place]) for place in places])
+    # Several updates of a collection have the same frames: the first of them is marked.
+    frames = sample["frames"][: table.shape[1]]
+    firsts = [place for place, each in enumerate(frames) if place == 0 or each != frames[place - 1]]
+    marked = firsts[:: -(-len(firsts) // 5)]
+    axes.set_xticks(marked, [f"{frames[place] / 1000:.3g}k" if place else "0" for place in marked])
     axes.set(xlabel="environment steps (frames)", ylabel="layer", title=f"{result.task}, {mode}: {measure}")
     figure.colorbar(image, label="% of elements", shrink=0.8)
     return figure
+
+
+def _parts(result: TaskResults, mode: str, measure: str) -> np.ndarray:
+    """The part of the elements by layer and role, and by update: the mean over seeds; NaN where not finite."""
+    samples = [each["numerics"] for each in result.records[mode] if each["numerics"]["values"]]
+    count = min((len(own["frames"]) for own in samples), default=0)
+    if not count:
+        return np.zeros((0, 0))
+    values = np.array([own["values"][:count] for own in samples], dtype=np.float64)[..., MEASURES.index(measure)]
+    return values.mean(0).reshape(count, -1).T
 
 
 def profiles(results: Sequence[TaskResults]) -> Figure:
@@ -200,17 +241,15 @@ def width_by_batch(records: Sequence[Mapping[str, Any]]) -> Figure | None:
 
 
 def headline(results: Sequence[TaskResults]) -> Figure:
-    """The learning curves of all tasks side by side."""
-    columns = min(len(results), 2)
-    rows = -(-len(results) // columns)
-    figure = Figure(figsize=(5.4 * columns, 3.4 * rows), layout="constrained")
-    every = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, result in zip(every, results, strict=False):
-        curves(result, axes)
-        axes.grid(alpha=0.25)
-        axes.set(title=f"{result.task} ({result.recipe})", xlabel="frames", ylabel="score (0 random, 1 solved)")
-    for axes in every[len(results) :]:
-        axes.set_axis_off()
+    """The learning curves of all tasks, a row each, and of all modes, a column each."""
+    modes = list(dict.fromkeys(mode for result in results for mode in _others(result)))
+    figure = Figure(figsize=(1.0 + 1.9 * len(modes), 0.9 + 1.6 * len(results)), layout="constrained")
+    table = figure.subplots(len(results), len(modes), squeeze=False, sharex="row", sharey="row")
+    for row, result in zip(table, results, strict=True):
+        _panels(result, [row[modes.index(mode)] for mode in _others(result)])
+        row[0].set_ylabel(f"{result.task} ({result.recipe})", fontsize="small")
+    for axes, mode in zip(table[0], modes, strict=True):
+        axes.set_title(mode, fontsize="medium")
     emulated = any(
         (each["conversion"] or {}).get("backend") == "emulated"
         for result in results
@@ -218,7 +257,9 @@ def headline(results: Sequence[TaskResults]) -> Figure:
         for each in own
     )
     note = "; FP8 emulated" if emulated else ""
-    figure.suptitle(f"IQM and 95 % interval over {_seeds(results[0])}{note}")
+    said = f"IQM and 95 % interval over {_seeds(results[0])}; black: {results[0].reference}{note}"
+    figure.suptitle(f"Score (0 random, 1 solved): {said}")
+    figure.supxlabel("environment steps (frames)", fontsize="medium")
     return figure
 
 

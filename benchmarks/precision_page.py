@@ -183,7 +183,7 @@ def _diagnoses(result: TaskResults) -> str:
         found = [each["diagnosis"] for each in own if not each["diagnosis"].startswith("nothing went wrong")]
         if found:
             runs = f"a fault in {len(found)} of {len(own)} runs"
-            lines.append(f"<li><b>{_text(mode)}</b>: {runs}; in the first, {_text(found[0])}</li>")
+            lines.append(f"<li><b>{_text(mode)}</b>: {runs}; in the first, {_text(_by_number(result, found[0]))}</li>")
     if not lines:
         return "<p class=quiet>The updates that were looked at showed no fault.</p>"
     return f"<details open><summary>What the layers' numbers showed</summary><ul>{''.join(lines)}</ul></details>"
@@ -196,16 +196,31 @@ def _unseen(result: TaskResults) -> str:
         measure: [mode for mode in result.records if f"{measure} in {mode}" not in drawn]
         for measure in ("underflow", "saturation")
     }
-    names = next(iter(result.records.values()))[0]["numerics"]["layers"]
-    listed = ", ".join(f"{place + 1} {name}" for place, name in enumerate(names))
+    listed = ", ".join(f"{place + 1} {name}{size}" for place, (name, size) in enumerate(_layers(result).items()))
     said = [f"no {measure} in {', '.join(modes)}" for measure, modes in clean.items() if modes]
     clean_words = f"Of the operands that were looked at: {'; '.join(said)}. " if said else ""
     return f"<p class=quiet>{_text(clean_words)}Layers: {_text(listed)}.</p>"
 
 
+def _layers(result: TaskResults) -> dict[str, str]:
+    """The names of the layers that were looked at, and their sizes in brackets, where a conversion tells them."""
+    records = [each for own in result.records.values() for each in own]
+    converted = next((each["conversion"] for each in records if each["conversion"]), None) or {"layers": []}
+    sizes = {each["name"]: f" ({each['in_features']} → {each['out_features']})" for each in converted["layers"]}
+    return {name: sizes.get(name, "") for name in records[0]["numerics"]["layers"]}
+
+
+def _by_number(result: TaskResults, words: str) -> str:
+    """A sentence with the numbers of the heat maps in place of the layers' long names."""
+    layers = {name: place + 1 for place, name in enumerate(_layers(result))}
+    for name in sorted(layers, key=len, reverse=True):  # a name can begin with another
+        words = words.replace(name, f"layer {layers[name]}")
+    return words
+
+
 def _caption(name: str, seeds: int) -> str:
     captions = {
-        "learning curves": "Deterministic evaluations during training. Dotted: solved.",
+        "learning curves": "Deterministic evaluations during training, the reference in black. Dotted: solved.",
         "time to solved": "A dot a seed; a line is the median (of an even number, the higher of the middle two).",
         "time of a frame": "FP8 emulated on a CPU is slower; it says nothing of FP8 hardware.",
         "memory": "Of one update; replay is what is stored at the end.",
@@ -213,8 +228,8 @@ def _caption(name: str, seeds: int) -> str:
     }
     kind = name.split(" in ")[0]
     words = {
-        "underflow": "The part of each operand that is zero, but not in FP32; means. Scales differ.",
-        "saturation": "The part of each operand that lies beyond its format; means. Scales differ.",
+        "underflow": "The part of each operand that is zero, but not in FP32; means.",
+        "saturation": "The part of each operand that lies beyond its format; means.",
     }
     return f"{captions.get(name, words.get(kind, ''))} {in_words(seeds).capitalize()}."
 

@@ -26,6 +26,11 @@ class TaskResults:
     sensitive_words: str
     """Whether the task can tell good precisions from bad."""
 
+    @property
+    def reference(self) -> str:
+        """The mode that the others are compared with."""
+        return next(each.mode for each in self.verdict.verdicts if each.kind == "reference")
+
 
 def mode_runs(task: str, seeds: Sequence[int], records: Sequence[Mapping[str, Any]]) -> ModeRuns:
     """The runs of a mode on a task from their records."""

@@ -6,10 +6,71 @@ import precision_figures
 import pytest
 
 
-@pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5])
-def test_the_headline_has_axes_for_its_tasks_and_no_others(monkeypatch, tasks):
-    monkeypatch.setattr(precision_figures, "curves", lambda result, axes: None)
-    runs = {"fp32": SimpleNamespace(seeds=(0,))}
-    results = [SimpleNamespace(task=f"task {each}", recipe="ppo", records={}, runs=runs) for each in range(tasks)]
-    shown = [axes for axes in precision_figures.headline(results).get_axes() if axes.axison]
-    assert [axes.get_title() for axes in shown] == [f"task {each} (ppo)" for each in range(tasks)]
+def result_of(task="CustomEnv", modes=("fp32", "bf16", "fp8"), reference="fp32", numerics=None):
+    """Two seeds of each mode, a curve of two evaluations each; returns are 0 in every other mode than the reference."""
+    records = {
+        mode: [
+            {
+                "curve": [[100, 220.0 * (mode == reference)], [200, 220.0 * (mode == reference)]],
+                "conversion": None,
+                "products": {"fp32": 1.0} if mode == reference else {"bf16": 1.0},
+                "numerics": (numerics or {}).get(mode),
+            }
+            for _ in range(2)
+        ]
+        for mode in modes
+    }
+    runs = {mode: SimpleNamespace(seeds=(0, 1)) for mode in modes}
+    return SimpleNamespace(task=task, recipe="ppo", records=records, runs=runs, reference=reference)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+def test_the_headline_has_a_row_for_each_task_and_a_column_for_each_mode(tasks):
+    results = [
+        result_of(task) for task in ("CustomEnv", "CartPole-v1", "Acrobot-v1", "Pendulum-v1", "CustomEnv")[:tasks]
+    ]
+    every = precision_figures.headline(results).get_axes()
+    assert len(every) == 2 * tasks
+    assert [axes.get_ylabel() for axes in every[::2]] == [f"{each.task} (ppo)" for each in results]
+    assert [axes.get_title() for axes in every[:2]] == ["bf16", "fp8"]
+    for axes, mode in zip(every, ["bf16", "fp8"] * tasks, strict=True):
+        assert [line.get_label() for line in axes.get_lines()[:2]] == ["fp32", mode]
+
+
+def test_each_mode_has_its_panel_with_the_reference_behind_it():
+    """The reference is the second mode here; four others take two rows of three, and two places stay empty."""
+    modes = ("bf16", "fp32", "fp16", "fp8", "fp8-tensorwise")
+    every = precision_figures.curves(result_of(modes=modes)).get_axes()
+    shown = [axes for axes in every if axes.axison]
+    assert len(shown) == 4
+    for axes, mode in zip(shown, ("bf16", "fp16", "fp8", "fp8-tensorwise"), strict=True):
+        reference, own = axes.get_lines()[:2]
+        assert (reference.get_label(), own.get_label()) == ("fp32", mode)
+        assert reference.get_xdata().tolist() == [100, 200]
+        assert reference.get_ydata()[0] > 1 > 0 > own.get_ydata()[0]
+
+
+def numerics(parts, frames):
+    """One layer, of which ``parts`` of each operand (of four) vanish at each look."""
+    values = [[[[1.0, part, 0.0, 40.0] for _ in range(4)]] for part in parts]
+    return {"layers": ["layer"], "formats": ["bf16"], "frames": frames, "values": values}
+
+
+def test_heat_maps_of_a_task_have_one_scale_and_marks_that_differ():
+    looked = {"bf16": numerics([0.0, 0.01, 0.02], [0, 0, 4096]), "fp8": numerics([0.0, 0.5, 0.25], [0, 0, 4096])}
+    result = result_of(numerics={"fp32": numerics([0.0] * 3, [0, 0, 4096]), **looked})
+    assert precision_figures.numbers(result, "fp32", "underflow") is None
+    assert precision_figures.numbers(result, "fp8", "saturation") is None
+    for mode, largest in (("bf16", 2.0), ("fp8", 50.0)):
+        axes = precision_figures.numbers(result, mode, "underflow").get_axes()[0]
+        (image,) = axes.get_images()
+        assert image.get_array().max() == pytest.approx(largest)
+        assert (image.norm.vmin, image.norm.vmax) == (0.0, 50.0)
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "4.1k"]
+        assert axes.get_xticks().tolist() == [0, 2]
+
+
+def test_what_was_never_looked_at_has_no_heat_map():
+    empty = {"layers": [], "formats": [], "frames": [], "values": []}
+    result = result_of(numerics=dict.fromkeys(("fp32", "bf16", "fp8"), empty))
+    assert precision_figures.numbers(result, "bf16", "underflow") is None
