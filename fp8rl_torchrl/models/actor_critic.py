@@ -118,7 +118,8 @@ class ActorCritic(nn.Module):
             normalize: Whether the encoder that is built here normalises observations by ``agent.statistics``, which the
                 training loop updates.
             state_dependent_noise: Whether the policy explores with `StateDependentNoise`, for which the action must be
-                a bounded vector.
+                a bounded vector. Call ``agent.exploration.resample()`` after each collection, as the recipes do: until
+                then every environment explores in one way.
 
         Raises:
             ValueError: If the observation or action space is not supported, naming it and what to do.

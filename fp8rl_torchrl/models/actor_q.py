@@ -106,7 +106,8 @@ class ActorQ(nn.Module):
             normalize: Whether observations are normalised by ``agent.statistics``, which the training loop updates.
             noise: Gives a deterministic actor, whose policy explores with this ``exploration.sigma``. None gives a
                 stochastic one.
-            state_dependent_noise: Whether the policy of a stochastic actor explores with `StateDependentNoise`.
+            state_dependent_noise: Whether the policy of a stochastic actor explores with `StateDependentNoise`. Call
+                ``agent.exploration.resample()`` after each collection, as the recipe does.
 
         Raises:
             ValueError: If the observation or action space is not supported, naming it and what to do, ``noise`` is

@@ -89,7 +89,8 @@ class StateDependentNoise(ProbabilisticTensorDictModule):
             if features.shape[:-1] != self.weights.shape[:1]:
                 raise ValueError(
                     f"this noise was made for {len(self.weights)} environments side by side; got a batch of "
-                    f"{tuple(features.shape[:-1])}"
+                    f"{tuple(features.shape[:-1])}: build the agent for an environment of that size, or act without "
+                    "noise, under set_exploration_type(ExplorationType.DETERMINISTIC)"
                 )
             direction = torch.nn.functional.normalize(features, dim=-1)
             before = loc + tensordict["scale"] * torch.einsum("nf,nfd->nd", direction, self.weights)

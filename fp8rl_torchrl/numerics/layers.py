@@ -181,7 +181,7 @@ def _physical(tensor: torch.Tensor) -> torch.Tensor:
 
 def _format(layer: nn.Linear, precision: Precision) -> str:
     if isinstance(layer, Float8Linear):
-        return layer.recipe
+        return f"fp8-{layer.recipe}"  # as a `Precision` is named
     base = precision.base if precision.fp8_recipe is not None else precision.name
     return getattr(layer, "compute_format", base)
 

@@ -42,7 +42,7 @@ class LayerNumbers:
     name: str
     """Its name in the agent; of what the loss keeps by itself, the name of its parameter."""
     format: str
-    """What it multiplies in: a precision's name, or that of an FP8 recipe."""
+    """What it multiplies in: the name of a precision, such as ``bf16`` or ``fp8-rowwise``."""
     activation: OperandNumbers
     """Its input."""
     weight: OperandNumbers

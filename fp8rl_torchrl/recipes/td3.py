@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -53,8 +54,8 @@ class TD3Config(OffPolicyConfig):
         """Refuse what cannot be run."""
         super().__post_init__()
         for name in ("noise", "noise_final", "target_noise", "target_noise_clip"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite; got {getattr(self, name)}")
         for name in ("noise_frames", "actor_every", "critics"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")

@@ -1,6 +1,7 @@
 """The TD3 recipe, and DDPG: its options, its noise, an actor that steps less often than the critics, and its runs."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -27,11 +28,12 @@ def small(**options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"noise": -0.1}, "noise must be >= 0; got -0.1"),
-        ({"noise_final": -0.2}, "noise_final must be >= 0; got -0.2"),
+        ({"noise": -0.1}, "noise must be >= 0 and finite; got -0.1"),
+        ({"noise": math.inf}, "noise must be >= 0 and finite; got inf"),
+        ({"noise_final": -0.2}, "noise_final must be >= 0 and finite; got -0.2"),
         ({"noise_frames": 0}, "noise_frames must be >= 1; got 0"),
         ({"target_noise": math.nan}, "target_noise must be >= 0"),
-        ({"target_noise_clip": -1.0}, "target_noise_clip must be >= 0; got -1.0"),
+        ({"target_noise_clip": -1.0}, "target_noise_clip must be >= 0 and finite; got -1.0"),
         ({"actor_every": 0}, "actor_every must be >= 1; got 0"),
         ({"critics": 0}, "critics must be >= 1; got 0"),
         ({"batch_size": 0}, "batch_size must be >= 1"),
@@ -88,11 +90,8 @@ def test_noise_is_in_units_of_half_the_actions_interval():
 def test_noise_falls_with_the_frames_that_were_collected():
     pipeline = build(small(noise=2.0, noise_final=0.5, noise_frames=4 * SMALL.frames_per_collection, total_frames=None))
     found = [pipeline.agent.exploration.sigma.item()]
-    for report in pipeline:
-        found.append(pipeline.agent.exploration.sigma.item())
-        if len(found) == 7:
-            break
-    assert report.frames == 6 * SMALL.frames_per_collection
+    found += [pipeline.agent.exploration.sigma.item() for _ in itertools.islice(pipeline, 6)]
+    assert pipeline.frames == 6 * SMALL.frames_per_collection
     assert found == [2.0, 1.625, 1.25, 0.875, 0.5, 0.5, 0.5]
     assert TD3Config(noise=0.3).noise_after(10**6) == 0.3  # unless it is said
 
