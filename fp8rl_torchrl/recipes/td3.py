@@ -60,7 +60,6 @@ class TD3Config(OffPolicyConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
 
-
     def noise_after(self, frames: int) -> float:
         """The standard deviation of the policy's noise after so many environment steps."""
         final = self.noise if self.noise_final is None else self.noise_final

@@ -21,7 +21,7 @@ def require_onnx() -> None:
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f'ONNX needs {" and ".join(missing)}; run: pip install {" ".join(missing)}')
+        raise ImportError(f"ONNX needs {' and '.join(missing)}; run: pip install {' '.join(missing)}")
 
 
 def write_onnx(program: ExportedProgram, outputs: Sequence[str], path: Path) -> None:
