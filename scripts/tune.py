@@ -306,7 +306,8 @@ def summarize(shared: SharedStudy, progress: Progress, out: Path) -> None:
     print(f"\n{len(ranked)} trials complete, {len(pruned) - refused} pruned, {refused} refused. The best:")
     for trial in ranked[:5]:
         print(progress.row(trial))
-    if missed := progress.missed(ranked[0]):
+    if all(progress.missed(trial) for trial in ranked):
+        missed = progress.missed(ranked[0])
         print(f"none reached the target with every seed: the best missed it with {missed} of {progress.seeds}")
     print(f"best configuration: {out}/best.json; train it: python scripts/train.py --config {out}/best.json")
 

@@ -32,9 +32,9 @@ class ActorCritic(nn.Module):
     | ``joint`` | ``observation`` | all of the above; a shared encoder runs once |
 
     ``policy`` samples, or takes the mode under ``set_exploration_type(ExplorationType.DETERMINISTIC)``. With
-    ``exploration``, it explores by that instead; ``joint`` always samples. The heads
-    return FP32 whatever the encoder ran in. A categorical action has ``logits`` (float32 ``[..., n]``); a bounded
-    continuous one has ``loc`` and ``scale`` of a tanh-Normal scaled to the bounds.
+    ``exploration``, it explores by that instead; ``joint`` always samples. The heads return FP32 whatever the encoder
+    ran in. A categorical action has ``logits`` (float32 ``[..., n]``); a bounded continuous one has ``loc`` and
+    ``scale`` of a tanh-Normal scaled to the bounds.
 
     Args:
         encoder: Maps the observation to features ``[..., num_features]``.
