@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from mode_cell import MEASURES, PARTS, ROLES
 from precision_records import TaskResults, curve_of, interval, median_seconds, seconds_to
-from scores import iqm, profile
-from verdicts import in_words
+from scores import iqm, profile, profile_interval
+from verdicts import in_words, paired
 
 MEMORY = ("parameters", "gradients", "optimizer", "activations", "replay")
 SIZE = (5.4, 3.5)
@@ -24,6 +24,10 @@ MODES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb8
 """Colours of the modes (Tol's bright scheme), told apart by most colour-blind eyes and on both backgrounds."""
 LOWEST_SCALE = 2.0**-24
 """Of the loss, that is drawn."""
+VERDICTS = {"equivalent": "#228833", "better": "#228833", "worse": "#cc3311", "cannot tell": "#b8860b"}
+"""Colours of what is said of a mode."""
+DIFFERENCE = "difference, % of the way from random to solved"
+MARKS = (("o", "at the end"), ("s", "area"))
 SHADES = ("#4477aa", "#66ccee", "#ccbb44", "#ee6677", "#999999")
 
 
@@ -199,10 +203,12 @@ def profiles(results: Sequence[TaskResults]) -> Figure:
     )
     levels = np.linspace(0, 1.3, 131)
     for mode, colour in _colours(results[0]).items():
-        scores = [score for result in results if mode in result.runs for score in result.runs[mode].final]
-        axes.step(levels, profile(scores, levels), color=colour, label=mode, linewidth=1.4)
+        scores = [result.runs[mode].final for result in results if mode in result.runs]
+        axes.step(levels, profile(np.concatenate(scores), levels), color=colour, label=mode, linewidth=1.4)
+        low, high = profile_interval(scores, levels)
+        axes.fill_between(levels, low, high, step="pre", color=colour, alpha=0.12, linewidth=0)
     axes.set_ylim(0, 1.02)
-    axes.legend(fontsize="x-small")
+    axes.legend(fontsize="x-small", loc="lower left")
     return figure
 
 
@@ -240,27 +246,59 @@ def width_by_batch(records: Sequence[Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
-def headline(results: Sequence[TaskResults]) -> Figure:
-    """The learning curves of all tasks, a row each, and of all modes, a column each."""
-    modes = list(dict.fromkeys(mode for result in results for mode in _others(result)))
-    figure = Figure(figsize=(1.0 + 1.9 * len(modes), 0.9 + 1.6 * len(results)), layout="constrained")
-    table = figure.subplots(len(results), len(modes), squeeze=False, sharex="row", sharey="row")
-    for row, result in zip(table, results, strict=True):
-        _panels(result, [row[modes.index(mode)] for mode in _others(result)])
-        row[0].set_ylabel(f"{result.task} ({result.recipe})", fontsize="small")
-    for axes, mode in zip(table[0], modes, strict=True):
-        axes.set_title(mode, fontsize="medium")
-    emulated = any(
-        (each["conversion"] or {}).get("backend") == "emulated"
-        for result in results
-        for own in result.records.values()
-        for each in own
-    )
-    note = "; FP8 emulated" if emulated else ""
-    said = f"IQM and 95 % interval over {_seeds(results[0])}; black: {results[0].reference}{note}"
-    figure.suptitle(f"Score (0 random, 1 solved): {said}")
-    figure.supxlabel("environment steps (frames)", fontsize="medium")
+def differences(result: TaskResults) -> Figure:
+    """How far each mode is from the reference, with the band in which it counts as equivalent."""
+    figure, axes = _one(f"{result.task}: difference from {result.reference}, {_seeds(result)}")
+    _differences(axes, result)
+    axes.set_xlabel(DIFFERENCE)
+    figure.legend(loc="outside lower right", ncols=2, fontsize="x-small")
     return figure
+
+
+def headline(results: Sequence[TaskResults]) -> Figure:
+    """The differences from the reference on all tasks, side by side."""
+    figure = Figure(figsize=(1.6 + 2.6 * len(results), 3.8), layout="constrained")
+    row = figure.subplots(1, len(results), squeeze=False)[0]
+    for place, (axes, result) in enumerate(zip(row, results, strict=True)):
+        _differences(axes, result)
+        axes.set_title(f"{result.task} ({result.recipe})", fontsize="medium")
+        axes.grid(alpha=0.25)
+        if place and _others(result) == _others(results[0]):
+            axes.tick_params(labelleft=False)
+    note = "; FP8 emulated" if any(result.emulated for result in results) else ""
+    said = f"Difference from {results[0].reference}, {_seeds(results[0])}; inside the band: equivalent{note}"
+    figure.suptitle(said)
+    figure.supxlabel(DIFFERENCE, fontsize="medium")
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize="small")
+    return figure
+
+
+def _differences(axes: Axes, result: TaskResults) -> None:
+    """A mark a mode for the score at the end and one for the area, with what the test of equivalence looks at."""
+    modes, limit = _others(result), 400 * result.margin
+    kinds = {each.mode: each.kind for each in result.verdict.verdicts}
+    axes.axvspan(-100 * result.margin, 100 * result.margin, color="gray", alpha=0.18, linewidth=0)
+    axes.axvline(0, color="gray", linewidth=0.8)
+    for place, mode in enumerate(modes):
+        colour = VERDICTS[kinds[mode]]
+        for pair, shift, (mark, name) in zip(
+            paired(result.runs[mode], result.runs[result.reference]), (-0.15, 0.15), MARKS, strict=True
+        ):
+            mean, reach = 100 * pair.mean, 100 * pair.reach(len(modes)) if len(pair.differences) > 1 else 0.0
+            label = name if place == 0 else None
+            if abs(mean) > limit:
+                said, side = f"{mean:+.0f} %", math.copysign(1, mean)
+                axes.plot(side * 0.94 * limit, place + shift, "<" if side < 0 else ">", color=colour, markersize=5)
+                beside = "left" if side < 0 else "right"
+                axes.text(side * 0.86 * limit, place + shift, said, fontsize=7, va="center", ha=beside)
+                axes.plot([], [], mark, color="gray", fillstyle="none", label=label)
+            else:
+                axes.errorbar(
+                    mean, place + shift, xerr=reach, fmt=mark, color=colour, markersize=4.5, capsize=2, label=label
+                )
+    axes.set_xlim(-limit, limit)
+    axes.set_ylim(len(modes) - 0.4, -0.6)
+    axes.set_yticks(range(len(modes)), modes, fontsize="small")
 
 
 def _stacked(axes: Axes, result: TaskResults, heights: Mapping[str, Sequence[float]]) -> None:
@@ -285,6 +323,7 @@ def _spread(place: int, count: int) -> list[float]:
 def drawn(result: TaskResults) -> dict[str, Any]:
     """Every figure of a task, by what it is called; those that there are."""
     figures: dict[str, Any] = {
+        "differences": differences(result),
         "learning curves": curves(result),
         "time to solved": time_to_return(result),
         "time of a frame": speed(result),

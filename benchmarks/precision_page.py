@@ -4,48 +4,17 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-import matplotlib as mpl
+import page_style
 import precision_figures
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 from negative_controls import CONTROLS
 from precision_records import TaskResults
 from scores import LEVEL, iqm
 from verdicts import MIN_SEEDS, ModeRuns, Verdict, in_words
-
-INK = "#010203"
-"""Drawn in this colour, lines and letters take the page's own."""
-STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fdfdfc; --quiet: #5c5c5c; --line: #d9d9d6; --good: #1b7f3b;
-  --bad: #b3261e; --unsure: #8a6100; --box: #f3f3f0 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e6; --paper: #16171a; --quiet: #a8a8a4; --line: #3a3b3f;
-  --good: #6fce8b; --bad: #ff8a80; --unsure: #e5b95c; --box: #202226 } }
-* { box-sizing: border-box }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
-  max-width: 72rem; padding: 1rem }
-h1 { font-size: 1.6rem; margin: .5rem 0 } h2 { font-size: 1.25rem; margin: 2.2rem 0 .4rem }
-p, li { max-width: 46rem } .quiet { color: var(--quiet) } small { color: var(--quiet) }
-.advice { font-size: 1.05rem; background: var(--box); border-left: 4px solid var(--good); padding: .6rem .9rem;
-  margin: .5rem 0; max-width: 60rem }
-.advice ul { margin: .3rem 0 0; padding-left: 1.2rem; font-size: .92rem }
-.advice.unsure { border-color: var(--unsure) }
-.scroll { overflow-x: auto; margin: .5rem 0 } table { border-collapse: collapse; font-size: .9rem; width: 100% }
-th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-td:nth-child(2) { min-width: 12rem }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.equivalent, .better { color: var(--good) } .worse { color: var(--bad) } .cannot { color: var(--unsure) }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1rem }
-figure { margin: 0 } figure svg { width: 100%; height: auto } figcaption { font-size: .8rem; color: var(--quiet) }
-details { margin: .6rem 0 } summary { cursor: pointer } code { font-size: .85em; overflow-wrap: anywhere }
-a { color: inherit }
-"""
 
 
 def page(
@@ -67,7 +36,7 @@ def page(
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{title}</title><style>{STYLE}</style></head><body>",
+        f"<title>{title}</title><style>{page_style.STYLE}</style></head><body>",
         f"<h1>{title}</h1>",
         f"<p>{_text(_made_on(results))}</p>",
         _summary(results),
@@ -87,7 +56,7 @@ def _made_on(results: Sequence[TaskResults]) -> str:
     hardware, device = records[0]["hardware"], records[0]["run"]["config"]["device"]
     machine = f"an {hardware['gpus'][0]}" if device.startswith("cuda") else f"one core of a CPU ({hardware['cpu']})"
     recipes = " and ".join(dict.fromkeys(result.recipe.upper() for result in results))
-    emulated = any((each["conversion"] or {}).get("backend") == "emulated" for each in records)
+    emulated = any(result.emulated for result in results)
     note = " FP8 is emulated from the same codes, so that its speed says nothing of FP8 hardware." if emulated else ""
     return f"Trained by {recipes} on {machine}; speeds and memory are in units of the reference's there.{note}"
 
@@ -122,7 +91,9 @@ def _skipped(records: Sequence[Mapping[str, Any]]) -> float:
 def _all_tasks(results: Sequence[TaskResults]) -> str:
     if len(results) < 2:
         return ""
-    figure = _figure(precision_figures.profiles(results), "profiles", "The further to the right, the better.")
+    figure = page_style.figure(
+        precision_figures.profiles(results), "profiles", "The further to the right, the better; 95 % intervals."
+    )
     return f'<h2>All tasks</h2><div class="figures">{figure}</div>'
 
 
@@ -147,11 +118,11 @@ def _task(result: TaskResults) -> str:
     header = (
         "<tr><th>mode</th><th>verdict</th><th class=number>return, IQM</th><th class=number>score, IQM</th>"
         "<th class=number>speed</th><th class=number>memory</th><th class=number>skipped, in all</th>"
-        "<th class=number>P(better)</th><th class=number>resolves</th><th>linear products run in</th></tr>"
+        "<th class=number>P(better)</th><th class=number>resolves</th><th>FLOPs of linear layers, by format</th></tr>"
     )
     seeds = len(next(iter(result.runs.values())).seeds)
     figures = [
-        _figure(figure, f"{result.task} {name}", _caption(name, seeds))
+        page_style.figure(figure, f"{result.task} {name}", _caption(name, seeds))
         for name, figure in precision_figures.drawn(result).items()
     ]
     said = _diagnoses(result) + _unseen(result)
@@ -220,10 +191,14 @@ def _by_number(result: TaskResults, words: str) -> str:
 
 def _caption(name: str, seeds: int) -> str:
     captions = {
+        "differences": "Circles: score at the end; squares: area under the learning curve. Bars: what the test of "
+        "equivalence looks at, its level shared among the modes; where both lie in the grey band, the mode is "
+        "equivalent. Green: equivalent or better, red: worse, ochre: cannot tell.",
         "learning curves": "Deterministic evaluations during training, the reference in black. Dotted: solved.",
         "time to solved": "A dot a seed; a line is the median (of an even number, the higher of the middle two).",
         "time of a frame": "FP8 emulated on a CPU is slower; it says nothing of FP8 hardware.",
-        "memory": "Of one update; replay is what is stored at the end.",
+        "memory": "Of one update; replay is what is stored at the end. Of activations, lower precisions also keep "
+        "casts of weights and inputs, and an FP32 copy of its input for each head.",
         "loss scale and skipped updates": "A line a seed. Gaps: learning had not begun.",
     }
     kind = name.split(" in ")[0]
@@ -246,7 +221,8 @@ def _map(layers: Sequence[Mapping[str, Any]]) -> str:
         f"{turns} turns on {', '.join([cpu, *layers[0]['hardware']['gpus']])}; by linear.py."
         + (" FP8 was emulated, which says nothing of FP8 hardware." if emulated else "")
     )
-    return f'<h2>Widths and batches</h2><div class="figures">{_figure(figure, "widths and batches", caption)}</div>'
+    shown = page_style.figure(figure, "widths and batches", caption)
+    return f'<h2>Widths and batches</h2><div class="figures">{shown}</div>'
 
 
 def _how(margin: float) -> str:
@@ -301,40 +277,6 @@ def _raw(records: Sequence[Mapping[str, Any]], command: str) -> str:
         f'<details><summary>All runs</summary><div class="scroll"><table><tr>'
         f"{''.join(f'<th>{name}</th>' for name in header)}</tr>{''.join(rows)}</table></div></details>"
     )
-
-
-def _figure(figure: Figure, name: str, caption: str) -> str:
-    """A figure as SVG in the page's colours."""
-    return f"<figure>{svg(figure, name)}<figcaption>{_text(caption)}</figcaption></figure>"
-
-
-def svg(figure: Figure, name: str) -> str:
-    """A figure as an SVG element; its letters are text, and black takes the page's colour.
-
-    Args:
-        figure: The figure.
-        name: Its identifiers are made from this, so that those of different figures on a page differ.
-    """
-    for text in figure.findobj(lambda each: isinstance(each, Text) and each.get_color() != "k"):
-        text.set_color(INK)  # pyright: ignore[reportAttributeAccessIssue]
-    for axes in figure.get_axes():
-        axes.tick_params(colors=INK)
-        axes.patch.set_alpha(0)
-        for spine in axes.spines.values():
-            spine.set_color(INK)
-        legend = axes.get_legend()
-        if legend is not None:
-            legend.get_frame().set_alpha(0)
-    figure.patch.set_alpha(0)
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    found = buffer.getvalue()
-    found = found[found.index("<svg") :].replace(INK, "currentColor")
-    # The drawing scales with the page: its own size in points would not.
-    found = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", found, count=1)
-    found = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", found, count=1)
-    return found.replace("<svg ", f'<svg role="img" aria-label="{html.escape(name, quote=True)}" ', 1)
 
 
 def _text(words: str) -> str:

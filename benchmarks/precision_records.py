@@ -31,6 +31,12 @@ class TaskResults:
         """The mode that the others are compared with."""
         return next(each.mode for each in self.verdict.verdicts if each.kind == "reference")
 
+    @property
+    def emulated(self) -> bool:
+        """Whether some of its FP8 products were emulated."""
+        every = [each for own in self.records.values() for each in own]
+        return any((each["conversion"] or {}).get("backend") == "emulated" for each in every)
+
 
 def mode_runs(task: str, seeds: Sequence[int], records: Sequence[Mapping[str, Any]]) -> ModeRuns:
     """The runs of a mode on a task from their records."""
@@ -54,6 +60,11 @@ def curve_of(task: str, record: Mapping[str, Any]) -> tuple[list[int], list[floa
 def training_seconds(record: Mapping[str, Any]) -> float:
     """Seconds of training, without evaluations and without the recorder."""
     return sum(seconds for part, seconds in record["seconds"].items() if part != "recorder")
+
+
+def fp8_share(record: Mapping[str, Any]) -> float:
+    """The part of the linear layers' products that ran in FP8, by multiply-adds."""
+    return sum(share for formats, share in record["products"].items() if formats.startswith(("e4m3", "e5m2")))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from typing import Any
 import precision_figures
 import precision_page
 from matplotlib.figure import Figure
-from precision_records import TaskResults, interval, mode_runs
+from precision_records import TaskResults, fp8_share, interval, mode_runs
 from scores import LEVEL, iqm
 from tables import markdown
 from timing import aligned
@@ -66,8 +66,9 @@ class Report:
         return found
 
     def table(self, records: Mapping[Any, Any], as_markdown: bool = False) -> str:
-        """A row a mode, and a sentence of advice for each task."""
-        header = ("task", "mode", "seeds", "score: IQM", "95 %", "area", "speed", "memory", "p, equivalence", "verdict")
+        """A row a mode, and a sentence of advice for each task. FLOPs are those of the linear layers' products."""
+        costs = ("speed", "memory", "FLOPs in FP8")
+        header = ("task", "mode", "seeds", "score: IQM", "95 %", "area", *costs, "p, equivalence", "verdict")
         rows, advice = [], []
         for result in self.results(records):
             for verdict in result.verdict.verdicts:
@@ -84,6 +85,7 @@ class Report:
                         f"{iqm(runs.areas):.3f}",
                         f"{verdict.speed:.2f}×",
                         f"{verdict.memory:.2f}×",
+                        f"{fp8_share(result.records[verdict.mode][0]):.0%}",
                         "-" if few or verdict.kind == "reference" else f"{verdict.equivalence:.3f}",
                         verdict.words,
                     )

@@ -30,6 +30,8 @@ RANDOM_TO_SOLVED: dict[str, tuple[float, float]] = {
 LEVEL = 0.95
 """Of all intervals, and 1 minus the level of all tests."""
 RESAMPLES = 10_000
+PROFILE_RESAMPLES = 2000
+"""Of a profile, which is a number at each of many levels."""
 EXACT_UP_TO = 2**16
 """Sign flips that are all tried; beyond, so many are drawn."""
 
@@ -87,6 +89,32 @@ def profile(scores: Sequence[float] | np.ndarray, levels: Sequence[float] | np.n
     return (np.asarray(scores)[:, None] > np.asarray(levels)[None]).mean(0)
 
 
+def profile_interval(
+    strata: Sequence[Sequence[float]], levels: Sequence[float] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bootstrap interval of the profile of some tasks' scores taken together, at each level by itself.
+
+    Args:
+        strata: The scores of each task, one a seed; each is resampled alone.
+        levels: Scores.
+
+    Returns:
+        The lower and the upper end, one a level.
+    """
+    above = [np.asarray(each)[None] > np.asarray(levels)[:, None] for each in strata]
+    found = stats.bootstrap(
+        above,
+        lambda *samples, axis: np.concatenate(samples, axis=axis).mean(axis),
+        axis=-1,
+        n_resamples=PROFILE_RESAMPLES,
+        batch=100,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=0,
+    )
+    return found.confidence_interval.low, found.confidence_interval.high
+
+
 def probability_of_improvement(scores: Sequence[float], others: Sequence[float]) -> float:
     """The probability that a run of one mode scores above one of another; ties count half (Mann and Whitney)."""
     return float(stats.mannwhitneyu(scores, others).statistic) / (len(scores) * len(others))
@@ -125,8 +153,16 @@ class Paired:
         Args:
             tests: How many are made, each of which then has its part of what `LEVEL` leaves.
         """
+        return abs(self.mean) + self.reach(tests)
+
+    def reach(self, tests: int = 1) -> float:
+        """How far to each side of the mean the test of equivalence looks, at `LEVEL`.
+
+        Args:
+            tests: How many are made, each of which then has its part of what `LEVEL` leaves.
+        """
         free = len(self.differences) - 1
-        return abs(self.mean) + float(stats.t.isf((1 - LEVEL) / tests, free)) * self._standard_error()
+        return float(stats.t.isf((1 - LEVEL) / tests, free)) * self._standard_error()
 
     def _standard_error(self) -> float:
         values = np.asarray(self.differences)

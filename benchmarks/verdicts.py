@@ -87,7 +87,7 @@ def judge(runs: Mapping[str, ModeRuns], reference: str, controls: Sequence[str],
     for mode in others:
         if runs[mode].seeds != runs[reference].seeds:
             raise ValueError(f"{mode} and {reference} must have the same seeds: they are compared seed by seed")
-    pairs = {mode: _pairs(runs[mode], runs[reference]) for mode in others}
+    pairs = {mode: paired(runs[mode], runs[reference]) for mode in others}
     compare = len(runs[reference].seeds) > 1
     equivalence = holm([max(pair.equivalence(margin) for pair in pairs[mode]) for mode in others] if compare else [])
     smallest = _smallest_margins(pairs) if compare else {}
@@ -112,7 +112,8 @@ def judge(runs: Mapping[str, ModeRuns], reference: str, controls: Sequence[str],
     )
 
 
-def _pairs(mode: ModeRuns, reference: ModeRuns) -> tuple[Paired, Paired]:
+def paired(mode: ModeRuns, reference: ModeRuns) -> tuple[Paired, Paired]:
+    """A mode's scores at the end, and its areas, minus those of the reference."""
     final, areas = (
         Paired(differences=tuple(a - b for a, b in zip(ours, theirs, strict=True)))
         for ours, theirs in ((mode.final, reference.final), (mode.areas, reference.areas))

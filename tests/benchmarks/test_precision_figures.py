@@ -20,21 +20,47 @@ def result_of(task="CustomEnv", modes=("fp32", "bf16", "fp8"), reference="fp32",
         ]
         for mode in modes
     }
-    runs = {mode: SimpleNamespace(seeds=(0, 1)) for mode in modes}
-    return SimpleNamespace(task=task, recipe="ppo", records=records, runs=runs, reference=reference)
+    runs = {mode: SimpleNamespace(seeds=(0, 1), final=(1.0, 1.0), areas=(1.0, 1.0)) for mode in modes}
+    kinds = [SimpleNamespace(mode=mode, kind="reference" if mode == reference else "worse") for mode in modes]
+    return SimpleNamespace(
+        task=task,
+        recipe="ppo",
+        records=records,
+        runs=runs,
+        reference=reference,
+        verdict=SimpleNamespace(verdicts=kinds),
+        margin=0.05,
+        emulated=False,
+    )
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 5])
-def test_the_headline_has_a_row_for_each_task_and_a_column_for_each_mode(tasks):
-    results = [
-        result_of(task) for task in ("CustomEnv", "CartPole-v1", "Acrobot-v1", "Pendulum-v1", "CustomEnv")[:tasks]
-    ]
-    every = precision_figures.headline(results).get_axes()
-    assert len(every) == 2 * tasks
-    assert [axes.get_ylabel() for axes in every[::2]] == [f"{each.task} (ppo)" for each in results]
-    assert [axes.get_title() for axes in every[:2]] == ["bf16", "fp8"]
-    for axes, mode in zip(every, ["bf16", "fp8"] * tasks, strict=True):
-        assert [line.get_label() for line in axes.get_lines()[:2]] == ["fp32", mode]
+def test_the_headline_has_a_panel_for_each_task_and_a_row_for_each_mode(tasks):
+    names = ("CustomEnv", "CartPole-v1", "Acrobot-v1", "Pendulum-v1", "CustomEnv")[:tasks]
+    every = precision_figures.headline([result_of(task) for task in names]).get_axes()
+    assert [axes.get_title() for axes in every] == [f"{task} (ppo)" for task in names]
+    assert [label.get_text() for label in every[0].get_yticklabels()] == ["bf16", "fp8"]
+    # Its neighbours have the same rows, and no names of their own.
+    assert all(len(axes.get_yticks()) == 2 and not axes.get_yticklabels() for axes in every[1:])
+
+
+def test_differences_are_marked_where_they_lie():
+    """Scores of bf16 are 0.02 and 0.04 above the reference's at the end, and its areas the same; fp8 loses all.
+
+    The standard error is 0.01, and the t quantile with one degree of freedom that leaves 5 % / 2 is 12.706.
+    """
+    result = result_of()
+    result.runs["bf16"].final = (1.02, 1.04)
+    result.runs["fp8"].final = result.runs["fp8"].areas = (0.0, 0.0)
+    figure = precision_figures.differences(result)
+    (axes,) = figure.get_axes()
+    end, area = (container for container in axes.containers)
+    assert end.lines[0].get_xdata()[0] == pytest.approx(3.0)
+    assert end.lines[2][0].get_segments()[0][:, 0].tolist() == pytest.approx([3 - 12.706, 3 + 12.706], abs=1e-2)
+    assert area.lines[0].get_xdata()[0] == 0.0
+    assert axes.get_xlim() == (-20.0, 20.0)  # four margins
+    assert [text.get_text() for text in axes.texts] == ["-100 %", "-100 %"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["at the end", "area"]
 
 
 def test_each_mode_has_its_panel_with_the_reference_behind_it():

@@ -15,6 +15,7 @@ from scores import (
     normalized,
     probability_of_improvement,
     profile,
+    profile_interval,
 )
 
 # Ten seeds of two tasks, of two modes.
@@ -58,6 +59,26 @@ def test_the_performance_profile_is_rliables():
     assert profile(A.ravel(), [0.0, 0.25, 0.5, 0.75, 1.0]).tolist() == pytest.approx([1.0, 0.9, 0.65, 0.5, 0.2])
 
 
+def test_the_interval_of_a_profile_by_hand():
+    """Five of ten runs lie above 0.5: those of a resample are binomial, and 2 and 8 of 10 are its outer percentiles.
+
+    All lie above 0 and none above 2, however they are drawn.
+    """
+    half = [0.0, 1.0] * 5
+    low, high = profile_interval([half], [-1.0, 0.5, 2.0])
+    assert low.tolist() == pytest.approx([1.0, 0.2, 0.0])
+    assert high.tolist() == pytest.approx([1.0, 0.8, 0.0])
+
+
+def test_the_interval_of_a_profile_keeps_the_tasks_apart():
+    """Of two tasks, one with every run above the level and one with none, each resample has exactly a half above."""
+    low, high = profile_interval([[1.0] * 10, [0.0] * 10], [0.5])
+    assert (low.tolist(), high.tolist()) == ([0.5], [0.5])
+    # Taken for one task they would not: the number above is binomial, of 20.
+    low, high = profile_interval([[1.0] * 10 + [0.0] * 10], [0.5])
+    assert low.tolist()[0] < 0.4 < 0.6 < high.tolist()[0]
+
+
 def test_scores_by_hand():
     assert normalized("CartPole-v1", [22.0, 475.0, 248.5, math.nan, math.inf]).tolist() == [0.0, 1.0, 0.5, 0.0, 0.0]
     assert normalized("Pendulum-v1", [-1223.0, -180.0]).tolist() == [0.0, 1.0]
@@ -80,6 +101,8 @@ def test_equivalence_by_hand():
     assert NINE.equivalence(0.02 + 2.8965 * error) == pytest.approx(0.01, abs=1e-4)
     assert NINE.smallest_margin() == pytest.approx(0.02 + 1.8595 * error, rel=1e-4)
     assert NINE.equivalence(0.02) == pytest.approx(0.5)
+    assert NINE.reach() == pytest.approx(1.8595 * error, rel=1e-4)
+    assert NINE.reach(tests=5) == pytest.approx(2.8965 * error, rel=1e-4)
 
 
 def test_equivalence_is_statsmodels_two_one_sided_tests():
