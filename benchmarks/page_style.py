@@ -12,6 +12,8 @@ from matplotlib.text import Text
 
 INK = "#010203"
 """Drawn in this colour, lines and letters take the page's own."""
+SIZE = (5.4, 3.5)
+"""Of a figure, in inches: readable on a phone, where it takes the whole width."""
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fdfdfc; --quiet: #5c5c5c; --line: #d9d9d6; --good: #1b7f3b;
   --bad: #b3261e; --unsure: #8a6100; --box: #f3f3f0 }

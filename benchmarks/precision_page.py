@@ -11,6 +11,7 @@ from typing import Any
 
 import page_style
 import precision_figures
+import precision_heatmaps
 from negative_controls import CONTROLS
 from precision_records import TaskResults
 from scores import LEVEL, iqm
@@ -211,7 +212,7 @@ def _caption(name: str, seeds: int) -> str:
 
 def _map(layers: Sequence[Mapping[str, Any]]) -> str:
     """Where each precision pays, over widths and batches."""
-    figure = precision_figures.width_by_batch(layers) if layers else None
+    figure = precision_heatmaps.width_by_batch(layers) if layers else None
     if figure is None:
         return ""
     turns, cpu = len(layers[0]["seconds"]), layers[0]["hardware"]["cpu"]

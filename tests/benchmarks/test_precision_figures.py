@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import precision_figures
+import precision_heatmaps
 import pytest
 
 
@@ -85,10 +86,10 @@ def numerics(parts, frames):
 def test_heat_maps_of_a_task_have_one_scale_and_marks_that_differ():
     looked = {"bf16": numerics([0.0, 0.01, 0.02], [0, 0, 4096]), "fp8": numerics([0.0, 0.5, 0.25], [0, 0, 4096])}
     result = result_of(numerics={"fp32": numerics([0.0] * 3, [0, 0, 4096]), **looked})
-    assert precision_figures.numbers(result, "fp32", "underflow") is None
-    assert precision_figures.numbers(result, "fp8", "saturation") is None
+    assert precision_heatmaps.numbers(result, "fp32", "underflow") is None
+    assert precision_heatmaps.numbers(result, "fp8", "saturation") is None
     for mode, largest in (("bf16", 2.0), ("fp8", 50.0)):
-        axes = precision_figures.numbers(result, mode, "underflow").get_axes()[0]
+        axes = precision_heatmaps.numbers(result, mode, "underflow").get_axes()[0]
         (image,) = axes.get_images()
         assert image.get_array().max() == pytest.approx(largest)
         assert (image.norm.vmin, image.norm.vmax) == (0.0, 50.0)
@@ -99,4 +100,4 @@ def test_heat_maps_of_a_task_have_one_scale_and_marks_that_differ():
 def test_what_was_never_looked_at_has_no_heat_map():
     empty = {"layers": [], "formats": [], "frames": [], "values": []}
     result = result_of(numerics=dict.fromkeys(("fp32", "bf16", "fp8"), empty))
-    assert precision_figures.numbers(result, "bf16", "underflow") is None
+    assert precision_heatmaps.numbers(result, "bf16", "underflow") is None
