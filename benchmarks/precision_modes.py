@@ -64,6 +64,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """How a task is trained by its recipe of `RECIPES`, where that differs from the preset: presets are tuned to reach a
 solution soon, and a cost of precision is seen only where every run in FP32 also stays there."""
+WIDE_FRAMES = {"Pendulum-v1": 24_576}
+"""How long networks of a given width are trained where that differs: they learn in fewer frames, which cost more."""
 DEPTH = 3
 """Layers of a network whose width is given: two of them are wide on both sides, so that they run in FP8."""
 USUAL_WIDTH = 64
@@ -185,6 +187,8 @@ def _base(options: Options, task: str, recipe: str, seed: int) -> RecipeConfig:
     setting = SETTINGS.get(task, {}) if recipe == RECIPES.get(task) else {}
     config = kind.for_task(task, **{**setting, "seed": seed, "device": options.device, "num_threads": 1})
     frames = options.total_frames or config.total_frames
+    if options.width is not None and options.total_frames is None and setting:
+        frames = WIDE_FRAMES.get(task, frames)
     changes: dict[str, Any] = {"total_frames": frames}
     if frames is None:
         raise ValueError(f"the preset of {recipe} on {task} counts episodes: give --total-frames")
