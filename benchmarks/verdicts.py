@@ -169,6 +169,8 @@ def _verdict(
         words = f"cannot tell: {in_words(count)}, and a claim needs {MIN_SEEDS}"
     elif equivalence <= alpha:
         kind, words = "equivalent", f"equivalent to {name} within {margin:.0%}"
+        if 0 < smallest < margin / 2:
+            words += f" (even {smallest:.1%})"
     elif harm <= alpha:
         mean = min(pair.mean for pair in pairs)
         kind, words = "worse", f"worse than {name}, by {-mean:.0%} of the way from random to solved"

@@ -44,17 +44,27 @@ def test_worse_equivalent_better():
     )
     assert kinds(found) == {"fp32": "reference", "bf16": "equivalent", "fp16": "better", "fp16-naive": "worse"}
     words = {verdict.mode: verdict.words for verdict in found.verdicts}
-    assert words["bf16"] == "equivalent to FP32 within 5%"
+    even = f"(even {found.verdicts[1].smallest_margin:.1%})"
+    assert words["bf16"] == f"equivalent to FP32 within 5% {even}"
     assert words["fp16-naive"].startswith("worse than FP32, by 8")
     assert words["fp16-naive"].endswith("; 3 of 10 runs diverged")
     assert found.sensitive is True
-    assert found.advice == "Use bf16: equivalent to FP32 within 5%, and 1.6× as fast."
+    assert found.advice == f"Use bf16: equivalent to FP32 within 5% {even}, and 1.6× as fast."
 
 
 def test_identical_runs_are_equivalent():
     same = noisy(0.7, spread=0.3)
     found = judge({"fp32": runs(same), "bf16": runs(same)}, "fp32", CONTROLS, 0.01)
     assert kinds(found)["bf16"] == "equivalent"
+
+
+def test_what_is_shown_beyond_the_margin_is_said():
+    """Differences of ±0.003: a standard error of 0.001; the t quantile with nine degrees of freedom is 1.833."""
+    reference = noisy(0.7)
+    near = reference + 0.003 * np.array([1, -1] * 5)
+    found = judge({"fp32": runs(reference), "bf16": runs(near)}, "fp32", (), 0.05)
+    assert found.verdicts[1].words == "equivalent to FP32 within 5% (even 0.2%)"
+    assert found.verdicts[1].smallest_margin == pytest.approx(1.833 * 0.001, rel=1e-3)
 
 
 def test_at_the_ceiling():
@@ -159,7 +169,7 @@ def test_a_slower_mode_is_not_advised_for_speed():
     )
     assert found.advice == (
         "Use fp32 for speed: no precision that keeps its return is faster here. fp8 is equivalent to FP32 within 5% "
-        "and takes 0.5× the memory."
+        f"(even {found.verdicts[1].smallest_margin:.1%}) and takes 0.5× the memory."
     )
 
 
