@@ -105,7 +105,8 @@ class Options(resumable.Options):
     watch: Watch = field(default_factory=Watch)
     """What is looked at while a cell trains."""
     cores: tuple[int, ...] = ()
-    """The cores to use, one for each cell that runs; by default all that this process may use."""
+    """The cores to use, one for each cell that runs; by default all that this process may use; with a GPU, which cells
+    would share, the last one."""
     device: str = "cpu"
     """Where to run: cpu or cuda."""
     layers: str = "benchmarks/results/linear_cpu.jsonl"
@@ -118,7 +119,7 @@ class Options(resumable.Options):
     @property
     def workers(self) -> int:
         """As many as there are cores."""
-        return len(cores_of(self.cores))
+        return len(cores_of(self.cores, self.device))
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared."""
@@ -209,7 +210,7 @@ def jobs_of(options: Options) -> dict[Cell, Job]:
         ValueError: If an option is out of range.
     """
     free: queue.Queue[int | None] = queue.Queue()
-    for core in cores_of(options.cores):
+    for core in cores_of(options.cores, options.device):
         free.put(core)
 
     def on_a_free_core(config: RecipeConfig, mode: str) -> dict[str, Any]:
@@ -232,8 +233,12 @@ def jobs_of(options: Options) -> dict[Cell, Job]:
     return jobs
 
 
-def cores_of(wanted: Sequence[int]) -> list[int | None]:
+def cores_of(wanted: Sequence[int], device: str = "cpu") -> list[int | None]:
     """The cores to pin to; a single None where the system cannot pin.
+
+    Args:
+        wanted: Some of this process's; empty takes all, or the last one where cells would share a GPU.
+        device: Where cells run.
 
     Raises:
         ValueError: If this process may not use one that is wanted.
@@ -243,7 +248,7 @@ def cores_of(wanted: Sequence[int]) -> list[int | None]:
     usable = os.sched_getaffinity(0)
     if unknown := sorted(set(wanted) - usable):
         raise ValueError(f"cores {unknown} cannot be used here; there are {', '.join(map(str, sorted(usable)))}")
-    return [*(wanted or sorted(usable))]
+    return [*(wanted or sorted(usable)[0 if device == "cpu" else -1 :])]
 
 
 def _command(argv: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """The comparison of precisions as a whole: what is planned, resumed, reported and refused."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from precision_modes import Options, cores_of, main, plan
 from precision_records import curve_of, seconds_to
 
 from fp8rl_torchrl.precision import quantize
-from fp8rl_torchrl.recipes import PPOConfig
+from fp8rl_torchrl.recipes import DQNConfig, PPOConfig
 
 SMALL = [
     *("--tasks", "CartPole-v1", "--modes", "fp32", "bf16", "fp16-naive", "--seeds", "2", "--total-frames", "1024"),
@@ -54,7 +55,22 @@ def test_a_width_gives_two_layers_that_are_wide_on_both_sides():
         if key.mode == "fp8"
     ]
     assert config.hidden == (256, 256, 256)
-    assert config.lr == pytest.approx(3e-3 / 4)
+    assert config.lr == pytest.approx(1e-3 / 4)
+
+
+def test_settings_are_those_of_the_usual_recipe():
+    """DQN's preset for CartPole-v1 knows nothing of how PPO is trained there, and frames that are asked for win."""
+    modes = ("fp32", "fp8")
+    (ppo, *_) = plan(Options(tasks=("CartPole-v1",), modes=modes, seeds=1)).values()
+    assert (ppo.total_frames, ppo.normalize_observation) == (65_536, False)
+    (dqn, *_) = plan(Options(tasks=("CartPole-v1",), recipes=("dqn",), modes=modes, seeds=1)).values()
+    preset = DQNConfig.for_task("CartPole-v1")
+    assert (dqn.total_frames, dqn.num_envs) == (preset.total_frames, preset.num_envs)
+    for width, frames in ((None, 40_960), (256, 24_576)):
+        (config, *_) = plan(Options(tasks=("Pendulum-v1",), modes=modes, seeds=1, width=width)).values()
+        assert config.total_frames == frames
+    (short, *_) = plan(Options(tasks=("Pendulum-v1",), modes=modes, seeds=1, width=256, total_frames=2048)).values()
+    assert short.total_frames == 2048
 
 
 def test_a_record_says_all_about_a_cell():
@@ -206,5 +222,9 @@ def test_bad_input_is_refused_before_anything_is_written(words, message, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_core_is_used():
-    assert len(cores_of(())) >= 1
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system cannot pin processes")
+def test_every_core_is_used_but_a_gpu_is_not_shared():
+    usable = sorted(os.sched_getaffinity(0))
+    assert cores_of(()) == usable
+    assert cores_of((), "cuda") == usable[-1:]
+    assert cores_of(usable[:1], "cuda") == usable[:1]
