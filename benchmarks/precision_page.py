@@ -59,7 +59,9 @@ def _made_on(results: Sequence[TaskResults]) -> str:
     recipes = " and ".join(dict.fromkeys(result.recipe.upper() for result in results))
     emulated = any(result.emulated for result in results)
     note = " FP8 is emulated from the same codes, so that its speed says nothing of FP8 hardware." if emulated else ""
-    return f"Trained by {recipes} on {machine}; speeds and memory are in units of the reference's there.{note}"
+    networks = " and ".join(dict.fromkeys(result.hidden for result in results))
+    trained = f"Trained by {recipes}, hidden layers {networks}, on {machine}"
+    return f"{trained}; speeds and memory are in units of the reference's there.{note}"
 
 
 def _summary(results: Sequence[TaskResults]) -> str:
@@ -128,7 +130,7 @@ def _task(result: TaskResults) -> str:
     ]
     said = _diagnoses(result) + _unseen(result)
     return (
-        f"<h2>{_text(result.task)} <small>({_text(result.recipe)}, {in_words(seeds)})</small></h2>"
+        f"<h2>{_text(result.task)} <small>({_text(result.recipe)}, {result.hidden}, {in_words(seeds)})</small></h2>"
         f"<p>{_text(result.sensitive_words)}</p>"
         f'<div class="scroll"><table>{header}{"".join(rows)}</table></div>{said}'
         f'<div class="figures">{"".join(figures)}</div>'

@@ -32,6 +32,11 @@ class TaskResults:
         return next(each.mode for each in self.verdict.verdicts if each.kind == "reference")
 
     @property
+    def hidden(self) -> str:
+        """The widths of the hidden layers, such as ``64-64``."""
+        return "-".join(map(str, self.records[self.reference][0]["run"]["hidden"]))
+
+    @property
     def emulated(self) -> bool:
         """Whether some of its FP8 products were emulated."""
         every = [each for own in self.records.values() for each in own]
