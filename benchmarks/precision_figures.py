@@ -26,7 +26,7 @@ LOWEST_SCALE = 2.0**-24
 VERDICTS = {"equivalent": "#228833", "better": "#228833", "worse": "#cc3311", "cannot tell": "#b8860b"}
 """Colours of what is said of a mode."""
 DIFFERENCE = "difference, % of the way from random to solved"
-MARKS = (("o", "at the end"), ("s", "area"))
+MARKS = (("o", "at the end"), ("s", "over training"))
 SHADES = ("#4477aa", "#66ccee", "#ccbb44", "#ee6677", "#999999")
 
 

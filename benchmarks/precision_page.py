@@ -194,7 +194,7 @@ def _by_number(result: TaskResults, words: str) -> str:
 
 def _caption(name: str, seeds: int) -> str:
     captions = {
-        "differences": "Circles: score at the end; squares: area under the learning curve. Bars: what the test of "
+        "differences": "Circles: score at the end; squares: over training. Bars: what the test of "
         "equivalence looks at, its level shared among the modes; where both lie in the grey band, the mode is "
         "equivalent. Green: equivalent or better, red: worse, ochre: cannot tell.",
         "learning curves": "Deterministic evaluations during training, the reference in black. Dotted: solved.",
@@ -235,10 +235,10 @@ def _how(margin: float) -> str:
 <li><b>Equivalent</b>: on seeds paired with the reference's, two one-sided t-tests show at {LEVEL:.0%} that the mean
 difference lies within ±{margin:.0%} of that scale, both at the end and in the area under the learning curve,
 Holm-corrected over the modes of a task. <b>Worse</b> or <b>better</b>: an exact sign-flip test shows it for one of
-them, with the difference of the means; IQM, the interquartile mean, leaves out the lowest and the highest quarter of
-the seeds. Everything else is <b>cannot tell</b>; "resolves" is the smallest margin at which these seeds would have
-called the mode equivalent. P(better) is the probability that a run of it scores above one of the reference.
-Nothing is claimed with fewer than {MIN_SEEDS} seeds.</li>
+them ("over training" is the area), with the difference of the means. IQM, the interquartile mean, leaves out the
+lowest and the highest quarter of the seeds. Everything else is <b>cannot tell</b>; "resolves" is the smallest margin at
+which these seeds would have called the mode equivalent. P(better) is the probability that a run of it scores above one
+of the reference. Nothing is claimed with fewer than {MIN_SEEDS} seeds.</li>
 <li>Negative controls are wrong on purpose: fp16-naive keeps weights and optimizer state in FP16 and begins
 without a loss scale; fp8-unscaled casts numbers to FP8 as they come. If none comes out worse, a task cannot tell good
 precisions from bad. fp8 has a scale for each row of each product, fp8-tensorwise one for each tensor; e4m3 and e5m2 are

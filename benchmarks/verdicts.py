@@ -12,6 +12,9 @@ from scores import LEVEL, Paired, holm, probability_of_improvement
 MIN_SEEDS = 10
 """With fewer, nothing is claimed."""
 
+WHEN = (" at the end", " over training")
+"""Where the scores of `paired` differ."""
+
 Kind = Literal["reference", "equivalent", "worse", "better", "cannot tell"]
 
 
@@ -172,11 +175,11 @@ def _verdict(
         if 0 < smallest < margin / 2:
             words += f" (even {smallest:.1%})"
     elif harm <= alpha:
-        mean = min(pair.mean for pair in pairs)
-        kind, words = "worse", f"worse than {name}, by {-mean:.0%} of the way from random to solved"
+        mean, when = min(zip((pair.mean for pair in pairs), WHEN, strict=True))
+        kind, words = "worse", f"worse than {name}, by {-mean:.0%} of the way from random to solved{when}"
     elif gain <= alpha:
-        mean = max(pair.mean for pair in pairs)
-        kind, words = "better", f"better than {name}, by {mean:.0%} of the way from random to solved"
+        mean, when = max(zip((pair.mean for pair in pairs), WHEN, strict=True))
+        kind, words = "better", f"better than {name}, by {mean:.0%} of the way from random to solved{when}"
     else:
         words = f"cannot tell: these {count} seeds could show equivalence within {smallest:.1%} at best"
     if own.diverged:

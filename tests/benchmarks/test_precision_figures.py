@@ -61,7 +61,7 @@ def test_differences_are_marked_where_they_lie():
     assert area.lines[0].get_xdata()[0] == 0.0
     assert axes.get_xlim() == (-20.0, 20.0)  # four margins
     assert [text.get_text() for text in axes.texts] == ["-100 %", "-100 %"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["at the end", "area"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["at the end", "over training"]
 
 
 def test_each_mode_has_its_panel_with_the_reference_behind_it():

@@ -87,6 +87,7 @@ def test_slower_learning_is_seen_though_the_end_is_the_same():
     end = noisy(1.0, 0.001)
     found = judge({"fp32": runs(end, noisy(0.8, seed=5)), "fp8": runs(end, noisy(0.5, seed=6))}, "fp32", CONTROLS, 0.05)
     assert kinds(found)["fp8"] == "worse"
+    assert found.verdicts[1].words.endswith(" of the way from random to solved over training")
 
 
 def test_too_few_seeds_tell_nothing():
