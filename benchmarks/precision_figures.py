@@ -207,15 +207,16 @@ def headline(results: Sequence[TaskResults]) -> Figure:
 def _differences(axes: Axes, result: TaskResults) -> None:
     """A mark a mode for the score at the end and one for the area, with what the test of equivalence looks at."""
     modes, limit = _others(result), 400 * result.margin
-    kinds = {each.mode: each.kind for each in result.verdict.verdicts}
+    verdicts = {each.mode: each for each in result.verdict.verdicts}
     axes.axvspan(-100 * result.margin, 100 * result.margin, color="gray", alpha=0.18, linewidth=0)
     axes.axvline(0, color="gray", linewidth=0.8)
     for place, mode in enumerate(modes):
-        colour = VERDICTS[kinds[mode]]
+        colour = VERDICTS[verdicts[mode].kind]
         for pair, shift, (mark, name) in zip(
             paired(result.runs[mode], result.runs[result.reference]), (-0.15, 0.15), MARKS, strict=True
         ):
-            mean, reach = 100 * pair.mean, 100 * pair.reach(len(modes)) if len(pair.differences) > 1 else 0.0
+            tests, several = verdicts[mode].tests, len(pair.differences) > 1
+            mean, reach = 100 * pair.mean, 100 * pair.reach(tests) if several else 0.0
             label = name if place == 0 else None
             if abs(mean) > limit:
                 said, side = f"{mean:+.0f} %", math.copysign(1, mean)

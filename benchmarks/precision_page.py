@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import json
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any
 
 import page_style
 import precision_figures
 import precision_heatmaps
+import precision_runs
 from negative_controls import CONTROLS
 from precision_records import TaskResults
 from scores import LEVEL, iqm
 from verdicts import MIN_SEEDS, ModeRuns, Verdict, in_words
+
+WIDER = ' What pays is another thing for other networks and batches: see <a href="#widths">widths and batches</a>.'
+"""What must not be read into it."""
+READING = """<p class=quiet><b>Equivalent within 5% (even 1%)</b>: the difference from FP32 is shown to be less than 5%
+(in fact 1%) of the way from random actions to solved, both at the end and over training (the mean of all evaluations).
+<b>Negative controls</b> are wrong on purpose: a task on which they do well cannot tell. <b>fp8</b> has a scale for each
+row, <b>fp8-tensorwise</b> one for each tensor.</p>"""
+"""How the summary is read."""
 
 
 def page(
@@ -39,13 +45,14 @@ def page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title><style>{page_style.STYLE}</style></head><body>",
         f"<h1>{title}</h1>",
-        f"<p>{_text(_made_on(results))}</p>",
+        f"<p>{_text(_made_on(results))}{WIDER if layers else ''}</p>",
         _summary(results),
+        READING,
         _all_tasks(results),
         *(_task(result) for result in results),
         _map(layers),
         _how(results[0].margin),
-        _raw(records, command),
+        precision_runs.section(records, command),
         "</body></html>",
     ]
     return "\n".join(part for part in parts if part)
@@ -69,15 +76,20 @@ def _summary(results: Sequence[TaskResults]) -> str:
     for result in results:
         kind = "advice" if result.verdict.sensitive else "advice unsure"
         judged = [verdict for verdict in result.verdict.verdicts if verdict.kind != "reference"]
-        each = "".join(_in_a_line(verdict, _skipped(result.records[verdict.mode])) for verdict in judged)
+        skipped = {mode: _skipped(own) for mode, own in result.records.items()}
+        each = "".join(_in_a_line(own, skipped[own.mode], result.verdict.sensitive is not False) for own in judged)
         said = f"<b>{_text(result.task)}</b>: {_text(result.verdict.advice)}"
         lines.append(f'<div class="{kind}">{said}<ul>{each}</ul></div>')
     return "\n".join(lines)
 
 
-def _in_a_line(verdict: Verdict, skipped: float) -> str:
-    """Such as "bf16: equivalent to FP32 within 5%, 1.6× the speed, 0.9× the memory"."""
-    kind, costs = verdict.kind.split()[0], f"{verdict.speed:.2g}× the speed, {verdict.memory:.2g}× the memory"
+def _in_a_line(verdict: Verdict, skipped: float, telling: bool) -> str:
+    """Such as "bf16: equivalent to FP32 within 5%, 1.6× the speed, 0.9× the memory".
+
+    It is good news (in green) only where the task can tell.
+    """
+    kind = verdict.kind.split()[0] if telling else "quiet"
+    costs = f"{verdict.speed:.2g}× the speed, {verdict.memory:.2g}× the memory"
     control = " (negative control)" if verdict.mode in CONTROLS else ""
     # Its speed says little, for a skipped update is a short one.
     lost = f"; {skipped:.0%} of its updates were skipped" if skipped > 0.05 else ""
@@ -195,8 +207,8 @@ def _by_number(result: TaskResults, words: str) -> str:
 def _caption(name: str, seeds: int) -> str:
     captions = {
         "differences": "Circles: score at the end; squares: over training. Bars: what the test of "
-        "equivalence looks at, its level shared among the modes; where both lie in the grey band, the mode is "
-        "equivalent. Green: equivalent or better, red: worse, ochre: cannot tell.",
+        "equivalence looks at, at the level that Holm's correction leaves a mode; where both lie in the grey band, "
+        "it is equivalent. Green: equivalent or better, red: worse, ochre: cannot tell.",
         "learning curves": "Deterministic evaluations during training, the reference in black. Dotted: solved.",
         "time to solved": "A dot a seed; a line is the median (of an even number, the higher of the middle two).",
         "time of a frame": "FP8 emulated on a CPU is slower; it says nothing of FP8 hardware.",
@@ -225,7 +237,7 @@ def _map(layers: Sequence[Mapping[str, Any]]) -> str:
         + (" FP8 was emulated, which says nothing of FP8 hardware." if emulated else "")
     )
     shown = page_style.figure(figure, "widths and batches", caption)
-    return f'<h2>Widths and batches</h2><div class="figures">{shown}</div>'
+    return f'<h2 id="widths">Widths and batches</h2><div class="figures">{shown}</div>'
 
 
 def _how(margin: float) -> str:
@@ -245,41 +257,6 @@ precisions from bad. fp8 has a scale for each row of each product, fp8-tensorwis
 the two formats of FP8.</li>
 <li>Speed and memory are medians of ratios to the reference, seed by seed. Speed counts training without evaluations and
 without the recorder of the layers' numbers.</li></ul>"""
-
-
-def _raw(records: Sequence[Mapping[str, Any]], command: str) -> str:
-    counts = ("frames", "updates", "skipped", "wall s, with evaluations", "diverged at")
-    header = ("task", "recipe", "mode", "seed", "return", "std", *counts)
-    rows = []
-    for record in sorted(records, key=lambda each: [str(each["run"][name]) for name in ("task", "mode", "seed")]):
-        run = record["run"]
-        if record["failure"] is not None:
-            continue
-        final = record["final"] or {"mean": float("nan"), "std": float("nan")}
-        cells = (
-            *(run[name] for name in ("task", "recipe", "mode", "seed")),
-            f"{final['mean']:.2f}",
-            f"{final['std']:.2f}",
-            *(record[name] for name in ("frames", "updates", "skipped_steps")),
-            f"{record['wall_seconds']:.1f}",
-            "" if record["diverged"] is None else record["diverged"],
-        )
-        rows.append("<tr>" + "".join(f"<td>{_text(str(cell))}</td>" for cell in cells) + "</tr>")
-    kept = [{key: value for key, value in record.items() if key != "numerics"} for record in records]
-    data = base64.b64encode("\n".join(json.dumps(each) for each in kept).encode()).decode()
-    first = records[0]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    hardware = first["hardware"]
-    machine = ", ".join([hardware["cpu"], *hardware["gpus"]])
-    seconds = median(record["wall_seconds"] for record in records if record["failure"] is None)
-    return (
-        f"<h2>The runs</h2><p>{len(rows)} runs, {seconds:.0f} s each (median). Made on {_text(machine)}, with "
-        f"{_text(versions)}, commit {_text(str(first['commit']))}.</p><p>Remake with <code>{_text(command)}</code></p>"
-        f'<p><a download="precision_modes.jsonl" href="data:application/jsonl;base64,{data}">Download the records</a> '
-        "(without the layers' numbers)</p>"
-        f'<details><summary>All runs</summary><div class="scroll"><table><tr>'
-        f"{''.join(f'<th>{name}</th>' for name in header)}</tr>{''.join(rows)}</table></div></details>"
-    )
 
 
 def _text(words: str) -> str:

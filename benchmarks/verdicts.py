@@ -47,6 +47,8 @@ class Verdict:
     """Corrected p-value of the test whether it is worse, on either; the smaller."""
     smallest_margin: float
     """The smallest margin at which it would be called equivalent, with the same correction; in units of the score."""
+    tests: int
+    """Among so many tests of equivalence the level is shared when its turn comes (Holm's correction)."""
     improvement: float
     """The probability that a run of it scores above one of the reference."""
     speed: float
@@ -99,7 +101,7 @@ def judge(runs: Mapping[str, ModeRuns], reference: str, controls: Sequence[str],
     verdicts = [_of_reference(reference)]
     for place, mode in enumerate(others):
         if not compare:
-            verdicts.append(_verdict(mode, runs, reference, pairs[mode], (1.0, 1.0, 1.0), margin, float("inf")))
+            verdicts.append(_verdict(mode, runs, reference, pairs[mode], (1.0, 1.0, 1.0), margin, (float("inf"), 1)))
             continue
         both = slice(2 * place, 2 * place + 2)
         p_values = equivalence[place], min(harm[both]), min(gain[both])
@@ -124,8 +126,8 @@ def paired(mode: ModeRuns, reference: ModeRuns) -> tuple[Paired, Paired]:
     return final, areas
 
 
-def _smallest_margins(pairs: Mapping[str, tuple[Paired, Paired]]) -> dict[str, float]:
-    """The smallest margin at which each mode passes both tests of equivalence, in the company of the others.
+def _smallest_margins(pairs: Mapping[str, tuple[Paired, Paired]]) -> dict[str, tuple[float, int]]:
+    """The smallest margin at which each mode passes both tests of equivalence, and among how many tests at its turn.
 
     Holm's correction asks the first to pass for a level divided by the number of modes, the next for one divided by one
     less, and so on; none passes before those that came through before it.
@@ -135,7 +137,7 @@ def _smallest_margins(pairs: Mapping[str, tuple[Paired, Paired]]) -> dict[str, f
         own = {mode: max(each.smallest_margin(len(waiting)) for each in pair) for mode, pair in waiting.items()}
         mode = min(own, key=own.__getitem__)
         reached = max(reached, own[mode])
-        found[mode] = reached
+        found[mode] = reached, len(waiting)
         del waiting[mode]
     return found
 
@@ -148,6 +150,7 @@ def _of_reference(mode: str) -> Verdict:
         equivalence=0.0,
         harm=1.0,
         smallest_margin=0.0,
+        tests=1,
         improvement=0.5,
         speed=1.0,
         memory=1.0,
@@ -161,9 +164,10 @@ def _verdict(
     pairs: tuple[Paired, Paired],
     p_values: tuple[float, float, float],
     margin: float,
-    smallest: float,
+    found: tuple[float, int],
 ) -> Verdict:
     own, base = runs[mode], runs[reference]
+    smallest, tests = found
     equivalence, harm, gain = p_values
     alpha, count = 1 - LEVEL, len(own.seeds)
     name = reference.upper()
@@ -181,7 +185,7 @@ def _verdict(
         mean, when = max(zip((pair.mean for pair in pairs), WHEN, strict=True))
         kind, words = "better", f"better than {name}, by {mean:.0%} of the way from random to solved{when}"
     else:
-        words = f"cannot tell: these {count} seeds could show equivalence within {smallest:.1%} at best"
+        words = f"cannot tell: {count} seeds leave room for a difference of up to {smallest:.1%}"
     if own.diverged:
         words += f"; {own.diverged} of {count} runs diverged"
     return Verdict(
@@ -191,6 +195,7 @@ def _verdict(
         equivalence=equivalence,
         harm=harm,
         smallest_margin=smallest,
+        tests=tests,
         improvement=probability_of_improvement(own.final, base.final),
         speed=median(a / b for a, b in zip(own.frames_per_second, base.frames_per_second, strict=True)),
         memory=median(a / b for a, b in zip(own.memory, base.memory, strict=True)),
@@ -210,8 +215,8 @@ def _advice(judged: Mapping[str, Verdict], reference: str, controls: Sequence[st
     """Which precision to use."""
     if sensitive is False:
         return (
-            f"No advice: {' and '.join(controls)} should have come out worse and did not, so this task cannot tell "
-            "good precisions from bad."
+            f"No advice: {' and '.join(controls)}, wrong on purpose, should have come out worse and did not, so this "
+            "task cannot tell good precisions from bad."
         )
     candidates = [
         verdict
@@ -232,4 +237,5 @@ def _advice(judged: Mapping[str, Verdict], reference: str, controls: Sequence[st
         return f"Use {reference}: no other precision is shown to keep its return.{caveat}"
     kept = [verdict.mode for verdict in candidates if verdict.mode != reference]
     verb = "keeps" if len(kept) == 1 else "keep"
-    return f"Use {reference}: {', '.join(kept)} {verb} its return, but none is faster or smaller here.{caveat}"
+    keeping = f"{', '.join(kept)} {verb} its return"
+    return f"Use {reference}: {keeping}, but by the medians none is faster or smaller here.{caveat}"

@@ -22,7 +22,10 @@ def result_of(task="CustomEnv", modes=("fp32", "bf16", "fp8"), reference="fp32",
         for mode in modes
     }
     runs = {mode: SimpleNamespace(seeds=(0, 1), final=(1.0, 1.0), areas=(1.0, 1.0)) for mode in modes}
-    kinds = [SimpleNamespace(mode=mode, kind="reference" if mode == reference else "worse") for mode in modes]
+    kinds = [
+        SimpleNamespace(mode=mode, kind="reference" if mode == reference else "worse", tests=len(modes) - 1)
+        for mode in modes
+    ]
     return SimpleNamespace(
         task=task,
         recipe="ppo",

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scores import Paired, normalized
-from verdicts import MIN_SEEDS, ModeRuns, judge
+from verdicts import MIN_SEEDS, ModeRuns, judge, paired
 
 CONTROLS = ("fp16-naive", "fp8-unscaled")
 
@@ -108,7 +108,7 @@ def test_noise_tells_nothing_and_says_what_it_could_resolve():
     (verdict,) = found.verdicts[1:]
     assert verdict.kind == "cannot tell"
     assert verdict.smallest_margin > 0.05
-    assert f"within {verdict.smallest_margin:.1%} at best" in verdict.words
+    assert verdict.words == f"cannot tell: 10 seeds leave room for a difference of up to {verdict.smallest_margin:.1%}"
 
 
 @given(
@@ -128,6 +128,11 @@ def test_the_smallest_margin_is_where_the_verdict_turns(seeds, spread, margin):
         assert first.smallest_margin == second.smallest_margin
         if abs(first.smallest_margin - margin) > 1e-9:
             assert (first.kind == "equivalent") == (first.smallest_margin < margin)
+        # What the figure draws of an equivalent mode lies inside the band.
+        pairs = paired(modes[first.mode], runs(reference))
+        drawn = max(abs(pair.mean) + pair.reach(first.tests) for pair in pairs)
+        assert drawn <= first.smallest_margin + 1e-12
+        assert 1 <= first.tests <= len(modes)
 
 
 def test_the_smallest_margin_is_corrected_for_the_other_modes():
@@ -147,7 +152,7 @@ def test_a_task_that_cannot_tell_gives_no_advice():
         {"fp32": runs(same), "bf16": runs(same, speed=300.0), "fp16-naive": runs(same)}, "fp32", CONTROLS, 0.05
     )
     assert found.sensitive is False
-    assert found.advice.startswith("No advice: fp16-naive should have come out worse and did not")
+    assert found.advice.startswith("No advice: fp16-naive, wrong on purpose, should have come out worse and did not")
 
 
 def test_without_a_control_the_advice_says_so():
@@ -179,7 +184,7 @@ def test_what_keeps_its_return_is_told_from_what_may_not():
     slower = {mode: runs(noisy(0.9, seed=place), speed=50.0) for place, mode in ((4, "bf16"), (5, "fp16"))}
     modes = {"fp32": reference, **slower, "fp8": broken, "fp16-naive": broken}
     assert judge(modes, "fp32", CONTROLS, 0.05).advice == (
-        "Use fp32: bf16, fp16 keep its return, but none is faster or smaller here."
+        "Use fp32: bf16, fp16 keep its return, but by the medians none is faster or smaller here."
     )
     del modes["bf16"], modes["fp16"]
     assert judge(modes, "fp32", CONTROLS, 0.05).advice == ("Use fp32: no other precision is shown to keep its return.")
