@@ -15,10 +15,11 @@ from precision_records import TaskResults
 from scores import LEVEL, iqm
 from verdicts import MIN_SEEDS, ModeRuns, Verdict, in_words
 
-WIDER = ' What pays is another thing for other networks and batches: see <a href="#widths">widths and batches</a>.'
+WIDER = ' Other networks and batches have other answers: see <a href="#widths">widths and batches</a>.'
 """What must not be read into it."""
-READING = """<p class=quiet><b>Equivalent within 5% (even 1%)</b>: the difference from FP32 is shown to be less than 5%
-(in fact 1%) of the way from random actions to solved, both at the end and over training (the mean of all evaluations).
+READING = """<p class=quiet><b>Equivalent within 5% (even 1%)</b>: the difference from FP32 is shown, at 95%, to be less
+than 5% (in fact 1%) of the way from random actions to solved, both at the end and over training (the mean of all
+evaluations).
 <b>Negative controls</b> are wrong on purpose: a task on which they do well cannot tell. <b>fp8</b> has a scale for each
 row, <b>fp8-tensorwise</b> one for each tensor.</p>"""
 """How the summary is read."""
@@ -65,10 +66,13 @@ def _made_on(results: Sequence[TaskResults]) -> str:
     machine = f"an {hardware['gpus'][0]}" if device.startswith("cuda") else f"one core of a CPU ({hardware['cpu']})"
     recipes = " and ".join(dict.fromkeys(result.recipe.upper() for result in results))
     emulated = any(result.emulated for result in results)
-    note = " FP8 is emulated from the same codes, so that its speed says nothing of FP8 hardware." if emulated else ""
+    note = " FP8 is emulated in software, so that its speed says nothing of FP8 hardware." if emulated else ""
+    if not device.startswith("cuda") and any("fp16" in result.runs for result in results):
+        note += " CPUs without instructions for FP16 are slow in it."
     networks = " and ".join(dict.fromkeys(result.hidden for result in results))
-    trained = f"Trained by {recipes}, hidden layers {networks}, on {machine}"
-    return f"{trained}; speeds and memory are in units of the reference's there.{note}"
+    seeds = in_words(min(len(result.runs[result.reference].seeds) for result in results))
+    trained = f"Trained by {recipes}, hidden layers {networks}, {seeds} of each mode, on {machine}"
+    return f"{trained}; speeds and memory are in units of {results[0].reference}'s there.{note}"
 
 
 def _summary(results: Sequence[TaskResults]) -> str:
