@@ -25,6 +25,9 @@ MEASURES = ("amax", "underflowed", "saturated", "nonfinite", "reference_nonfinit
 TOGETHER = 2**20
 """Elements that are compared at once; more would gain nothing and take memory."""
 
+ROW = 64
+"""Elements that are summed first; the rows of an operand, filled up with zeros, then make its sums."""
+
 _Operand = tuple[torch.Tensor, torch.Tensor, Cast | None]
 """As it ran, in FP32, and the cast that it goes through."""
 
@@ -83,7 +86,7 @@ def look(
         batch: What it takes.
         precision: What it runs in.
         names: What `names_of` returned.
-        scales: The loss scale of each entry, or ``{"loss": scale}`` of their sum.
+        scales: The loss scale of each entry that has one, or ``{"loss": scale}`` of their sum.
     """
     device = next(loss.parameters()).device
     with torch.enable_grad(), _same_random_numbers(device) as rewind:
@@ -150,25 +153,33 @@ def _run(
         handle.remove()
     losses = {str(k): v for k, v in outputs.items() if str(k).startswith("loss") and v.requires_grad}
     total = torch.stack([each.detach().float() for each in losses.values()]).sum()
-    if set(scales) == {"loss"}:
-        losses = {"loss": torch.stack([*losses.values()]).sum()}
     results = [output for *_, output in calls]
     tracked = [each for each in results if each.requires_grad]
     gradients: dict[int, torch.Tensor] = {}
-    for key, each in losses.items():
-        scale = scales.get(key)
-        scaled = each if scale is None else each * scale
-        for output, gradient in zip(
-            tracked, torch.autograd.grad(scaled, tracked, retain_graph=True, allow_unused=True), strict=True
-        ):
+    for summed, scale in _parts(losses, scales):
+        scaled = summed if scale is None else summed * scale
+        found = torch.autograd.grad(scaled, tracked, retain_graph=True, allow_unused=True)
+        for output, gradient in zip(tracked, found, strict=True):
             if gradient is not None:
                 gradient = gradient.float() if scale is None else gradient.float() / scale
                 gradients[id(output)] = gradients[id(output)] + gradient if id(output) in gradients else gradient
-    found = [
+    return total, [
         _Call(layer, w.data_ptr(), x.detach().to(y.dtype), w.detach().to(y.dtype), y.detach(), gradients.get(id(y)))
         for layer, x, w, y in calls
     ]
-    return total, found
+
+
+def _parts(
+    losses: Mapping[str, torch.Tensor], scales: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """What to differentiate at once, and its scale: one pass for all that are not scaled, one for each that is."""
+    if set(scales) == {"loss"}:
+        yield torch.stack([*losses.values()]).sum(), scales["loss"]
+        return
+    for key in (key for key in losses if key in scales):
+        yield losses[key], scales[key]
+    if rest := [each for key, each in losses.items() if key not in scales]:
+        yield torch.stack(rest).sum(), None
 
 
 def _physical(tensor: torch.Tensor) -> torch.Tensor:
@@ -216,22 +227,33 @@ def _compared(operands: Sequence[_Operand]) -> torch.Tensor:
     compare (in place) and sum several times faster on a CPU than booleans.
     """
     sizes = [value.numel() for value, _, _ in operands]
-    values = torch.cat([value.float().reshape(-1) for value, _, _ in operands])
-    reference = torch.cat([exact.float().reshape(-1) for _, exact, _ in operands])
-    over = broken = _not_finite(values)
-    multiplied = values
+    values, reference = (_rows(each) for each in ([v for v, _, _ in operands], [exact for _, exact, _ in operands]))
+    multiplied, broken = values, _not_finite(values)
+    over = broken
     if any(cast is not None for _, _, cast in operands):
         pairs = [_through(value.float(), cast) for value, _, cast in operands]
-        multiplied, beyond = (torch.cat([each.reshape(-1) for each in each_of]) for each_of in zip(*pairs, strict=True))
-        over, broken = torch.maximum(over, beyond), _not_finite(multiplied)
+        multiplied, beyond = (_rows(each_of) for each_of in zip(*pairs, strict=True))
+        over, broken = torch.maximum(broken, beyond), _not_finite(multiplied)
     lost = multiplied.clone().eq_(0).mul_(reference.clone().ne_(0))
-    marks = torch.stack([lost, over, broken, _not_finite(reference)])
-    errors = torch.stack([multiplied - reference, reference])
-    pieces = list(zip(values.split(sizes), marks.split(sizes, 1), errors.split(sizes, 1), strict=True))
-    amax = torch.stack([value.abs().amax() for value, _, _ in pieces]).double()  # NaN if one is
-    counts = torch.stack([mark.sum(1) for _, mark, _ in pieces]).double()
-    squares = torch.stack([torch.linalg.vector_norm(e, dim=1, dtype=torch.float64) for *_, e in pieces]).square()
-    return torch.cat([amax[:, None], counts, amax.new_tensor(sizes)[:, None], squares], 1)
+    counts = [mark.sum(1).double() for mark in (lost, over, broken, _not_finite(reference))]
+    squares = [_square(multiplied - reference), _square(reference)]
+    lengths = [-(-size // ROW) for size in sizes]
+    sums = torch.stack([each.sum(0) for each in torch.stack(counts + squares, 1).split(lengths)])
+    largest_of = values.abs().amax(1).split(lengths)
+    amax = torch.stack([each.amax() for each in largest_of]).double()  # NaN if one is
+    return torch.cat([amax[:, None], sums[:, :4], sums.new_tensor(sizes)[:, None], sums[:, 4:]], 1)
+
+
+def _rows(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Each tensor's elements in rows of `ROW` of its own, float32 ``[n, ROW]``."""
+    flat = [each.float().reshape(-1) for each in tensors]
+    return torch.cat([F.pad(each, (0, -each.numel() % ROW)) if each.numel() % ROW else each for each in flat]).view(
+        -1, ROW
+    )
+
+
+def _square(rows: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
 
 
 def _through(value: torch.Tensor, cast: Cast | None) -> tuple[torch.Tensor, torch.Tensor]:

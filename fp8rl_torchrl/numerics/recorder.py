@@ -178,7 +178,7 @@ class Recorder:
         self._calls += 1
         if not due:
             return step(batch)
-        scales = {key: _scale_of(scaler, step.device) for key, scaler in step.scalers.items()}
+        scales = {key: _scale_of(scaler, step.device) for key, scaler in step.scalers.items() if scaler.is_enabled()}
         found = look(step.loss, batch, step.precision, self._names, scales)
         with watched(step.optimizers.values(), self._names) as survived:
             losses = step(batch)

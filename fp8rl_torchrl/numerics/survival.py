@@ -52,17 +52,15 @@ def watched(optimizers: Iterable[torch.optim.Optimizer], names: Mapping[int, str
     def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         starts, changes = pending.pop(id(optimizer))
         for parameter, start, intended in zip(_stepped(optimizer), starts, changes, strict=True):
-            change = parameter.detach().double() - start
-            state = optimizer.state.get(parameter, {})
-            for name, (first, count) in _segments(parameter, names).items():
-                part = slice(first, first + count)
-                wanted, shown = intended.reshape(-1)[part], change.reshape(-1)[part]
-                origin = start.reshape(-1)[part]
-                kept = (origin + wanted).float().double() - origin
-                square = wanted @ wanted
+            if segments := _segments(parameter, names):
+                seen = _seen(parameter, start, intended, optimizer.state.get(parameter, {}))
+                sums = torch.stack([seen[:, first : first + count].sum(1) for first, count in segments.values()], 1)
+                wanted, shown, kept, lost = sums
                 # A step that is skipped for a gradient that is not finite intends what nobody knows: nothing arrives.
-                survival = torch.where(square.isfinite(), (shown @ wanted) / square, 0.0)
-                survived[name] = Stepped(survival, (kept @ wanted) / square, _lost_moments(state, part, wanted))
+                survival = torch.where(wanted.isfinite(), shown / wanted, 0.0)
+                counts = wanted.new_tensor([count for _, count in segments.values()])
+                found = zip(survival, kept / wanted, lost / counts, strict=True)
+                survived.update(zip(segments, map(Stepped._make, found), strict=True))
 
     handles = []
     for optimizer in optimizers:
@@ -103,12 +101,20 @@ def _intended(optimizer: torch.optim.Optimizer) -> tuple[list[torch.Tensor], lis
     return starts, [each - start for each, start in zip(twins, starts, strict=True)]
 
 
-def _lost_moments(state: Mapping[str, Any], part: slice, like: torch.Tensor) -> torch.Tensor:
-    """See `Stepped`: such a weight's next step is divided by nothing but epsilon."""
-    if not {"exp_avg", "exp_avg_sq"} <= state.keys():
-        return like.new_zeros(())
-    first, second = (state[name].reshape(-1)[part] for name in ("exp_avg", "exp_avg_sq"))
-    return torch.count_nonzero((second == 0) & (first.abs() > SQUARES)) / like.new_tensor(like.numel())
+def _seen(
+    parameter: torch.Tensor, start: torch.Tensor, intended: torch.Tensor, state: Mapping[str, Any]
+) -> torch.Tensor:
+    """Four numbers of each weight, float64 ``[4, size]``.
+
+    The intended change times itself, the one that it shows and the one that FP32 would keep, and whether its second
+    moment is lost: nothing but epsilon divides its next step.
+    """
+    change = parameter.detach().double() - start
+    kept = (start + intended).float().double() - start
+    lost = torch.zeros_like(start)
+    if {"exp_avg", "exp_avg_sq"} <= state.keys():
+        lost = ((state["exp_avg_sq"] == 0) & (state["exp_avg"].abs() > SQUARES)).double()
+    return torch.stack([intended * intended, change * intended, kept * intended, lost]).reshape(4, -1)
 
 
 def _copied(value: Any) -> Any:
