@@ -16,7 +16,7 @@ from page_style import SIZE
 from precision_heatmaps import numbers
 from precision_records import TaskResults, curve_of, interval, median_seconds, seconds_to
 from scores import iqm, profile, profile_interval
-from verdicts import in_words, paired
+from verdicts import WHEN, in_words, paired
 
 MEMORY = ("parameters", "gradients", "optimizer", "activations", "replay")
 MODES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb8866", "#999999")
@@ -26,7 +26,7 @@ LOWEST_SCALE = 2.0**-24
 VERDICTS = {"equivalent": "#228833", "better": "#228833", "worse": "#cc3311", "cannot tell": "#b8860b"}
 """Colours of what is said of a mode."""
 DIFFERENCE = "difference, % of the way from random to solved"
-MARKS = (("o", "at the end"), ("s", "over training"))
+MARKS = tuple(zip("os", WHEN, strict=True))
 SHADES = ("#4477aa", "#66ccee", "#ccbb44", "#ee6677", "#999999")
 
 

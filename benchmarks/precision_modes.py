@@ -114,7 +114,8 @@ class Options(resumable.Options):
     figures: str | None = None
     """A folder for every figure of the page as PNG and SVG."""
     out: str = "benchmarks/results/precision_modes"
-    """Results go to OUT.jsonl (a record a cell, appended), OUT.html, and OUT.png and .svg: the learning curves."""
+    """Results go to OUT.jsonl (a record a cell, appended), OUT.html, and OUT.png and .svg: each mode's
+    difference from the first."""
 
     @property
     def workers(self) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import precision_figures
 import precision_page
 from matplotlib.figure import Figure
@@ -112,8 +113,7 @@ class Report:
         results = self.results(records)
         if not results:
             return
-        for ending in (".png", ".svg"):
-            precision_figures.headline(results).savefig(path.with_suffix(ending), dpi=150)
+        _save(precision_figures.headline(results), path)
         made = [record for record in records.values() if record is not None]
         layers = map(json.loads, self.layers.read_text().splitlines()) if self.layers.exists() else ()
         page = precision_page.page(results, made, list(layers), self.command)
@@ -121,8 +121,14 @@ class Report:
         if self.figures is not None:
             self.figures.mkdir(parents=True, exist_ok=True)
             for name, figure in _figures(results).items():
-                for ending in ("png", "svg"):
-                    figure.savefig(self.figures / f"{name.replace(' ', '_')}.{ending}", dpi=150)
+                _save(figure, self.figures / name.replace(" ", "_"))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """As PNG and SVG, whose bytes depend on nothing but the figure."""
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    with mpl.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def _figures(results: Sequence[TaskResults]) -> dict[str, Figure]:

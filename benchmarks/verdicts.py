@@ -12,7 +12,7 @@ from scores import LEVEL, Paired, holm, probability_of_improvement
 MIN_SEEDS = 10
 """With fewer, nothing is claimed."""
 
-WHEN = (" at the end", " over training")
+WHEN = ("at the end", "over training")
 """Where the scores of `paired` differ."""
 
 Kind = Literal["reference", "equivalent", "worse", "better", "cannot tell"]
@@ -180,10 +180,10 @@ def _verdict(
             words += f" (even {smallest:.1%})"
     elif harm <= alpha:
         mean, when = min(zip((pair.mean for pair in pairs), WHEN, strict=True))
-        kind, words = "worse", f"worse than {name}, by {-mean:.0%} of the way from random to solved{when}"
+        kind, words = "worse", f"worse than {name}, by {-mean:.0%} of the way from random to solved {when}"
     elif gain <= alpha:
         mean, when = max(zip((pair.mean for pair in pairs), WHEN, strict=True))
-        kind, words = "better", f"better than {name}, by {mean:.0%} of the way from random to solved{when}"
+        kind, words = "better", f"better than {name}, by {mean:.0%} of the way from random to solved {when}"
     else:
         words = f"cannot tell: {count} seeds leave room for a difference of up to {smallest:.1%}"
     if own.diverged:

@@ -22,8 +22,8 @@ MEASURES = ("amax", "underflowed", "saturated", "nonfinite", "reference_nonfinit
 """What is kept of each: its largest magnitude, five counts of elements, and two sums of squares."""
 
 
-TOGETHER = 2**20
-"""Elements that are compared at once; more would gain nothing and take memory."""
+TOGETHER = 2**18
+"""Elements that are compared at once: more would not stay in the cache, fewer would cost by the operation."""
 
 ROW = 64
 """Elements that are summed first; the rows of an operand, filled up with zeros, then make its sums."""

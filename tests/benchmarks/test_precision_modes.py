@@ -148,6 +148,10 @@ def test_a_killed_comparison_equals_an_uninterrupted_one(tmp_path):
     assert (tmp_path / "figures/all_tasks_profiles.png").exists()
     assert records.read_text().startswith(before)  # nothing was made twice
     assert results(records) == results(tmp_path / "whole.jsonl")
+    drawn = (tmp_path / "killed.svg").read_bytes()
+    redrawn = comparison(tmp_path / "killed", "--report")
+    assert subprocess.run(redrawn, capture_output=True, check=False).returncode == 0
+    assert (tmp_path / "killed.svg").read_bytes() == drawn
     check_page((tmp_path / "whole.html").read_text(), modes=("fp32", "bf16", "fp16-naive"))
 
 
