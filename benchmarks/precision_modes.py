@@ -7,6 +7,7 @@ stopped goes on where it stopped. OUT.html is the answer on one page; OUT.jsonl 
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import sys
@@ -113,7 +114,7 @@ class Options(resumable.Options):
     """Records of linear.py, for the page's map of widths and batches, if there are any."""
     figures: str | None = None
     """A folder for every figure of the page as PNG and SVG."""
-    out: str = "benchmarks/results/precision_modes"
+    out: str = "runs/precision_modes"
     """Results go to OUT.jsonl (a record a cell, appended), OUT.html, and OUT.png and .svg: each mode's
     difference from the first."""
 
@@ -161,11 +162,7 @@ def main(argv: list[str]) -> int:
         layers=Path(options.layers),
         figures=None if options.figures is None else Path(options.figures),
     )
-    code = resumable.conduct(options, jobs_of, report, "every cell is there")
-    page = Path(options.out).with_suffix(".html")
-    if code != 2 and page.exists():
-        print(f"the answer on one page: {page}")
-    return code
+    return resumable.conduct(options, jobs_of, report, "every cell is there")
 
 
 def plan(options: Options) -> dict[Cell, RecipeConfig]:
@@ -224,10 +221,13 @@ def jobs_of(options: Options) -> dict[Cell, Job]:
     code = digest([*package_files(), Path(mode_cell.__file__), Path(negative_controls.__file__)])
     jobs = {}
     for cell, config in plan(options).items():
-        named = {**cell._asdict(), "hidden": list(config.hidden), "batch_size": getattr(config, "batch_size", None)}
+        sizes = {"hidden": list(config.hidden), "batch_size": getattr(config, "batch_size", None)}
+        run = {**cell._asdict(), **sizes, "config": config.to_dict(), "watch": asdict(options.watch)}
+        run = json.loads(json.dumps(run))  # as records have it
         jobs[cell] = Job(
-            named=named,
-            run=named | {"config": config.to_dict(), "watch": asdict(options.watch)},
+            # Runs of other settings are no seeds of this one.
+            named=run,
+            run=run,
             code=code,
             make=partial(on_a_free_core, config, cell.mode),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,11 +101,13 @@ class Report:
     def complaints(self, records: Mapping[Any, Any]) -> list[str]:
         """Cells that are missing or failed."""
         wrong = []
+        runs = Counter((cell.recipe, cell.task) for cell in records)
+        missing = Counter((cell.recipe, cell.task) for cell, record in records.items() if record is None)
+        for (recipe, task), count in missing.items():
+            wrong.append(f"{recipe} on {task}: no record of {count} of {runs[recipe, task]} runs")
         for cell, record in records.items():
-            name = f"{cell.recipe} on {cell.task} in {cell.mode}, seed {cell.seed}"
-            if record is None:
-                wrong.append(f"{name}: no record")
-            elif record["failure"] is not None:
+            if record is not None and record["failure"] is not None:
+                name = f"{cell.recipe} on {cell.task} in {cell.mode}, seed {cell.seed}"
                 wrong.append(f"{name}: failed: {record['failure']}")
         return wrong
 
@@ -118,6 +121,7 @@ class Report:
         layers = map(json.loads, self.layers.read_text().splitlines()) if self.layers.exists() else ()
         page = precision_page.page(results, made, list(layers), self.command)
         path.with_suffix(".html").write_text(page, encoding="utf-8")
+        print(f"\nthe answer on one page: {path.with_suffix('.html')}")
         if self.figures is not None:
             self.figures.mkdir(parents=True, exist_ok=True)
             for name, figure in _figures(results).items():

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import tyro
 from peers import pinned_core
+from resumable import make_room
 from tensordict import TensorDict, TensorDictBase
 from timing import aligned, write_records
 from tqdm import tqdm
@@ -61,6 +62,8 @@ def main(argv: list[str]) -> int:
     try:
         if options.every < 3 or options.looks < 2:
             raise ValueError(f"--every must be >= 3 and --looks >= 2; got {options.every} and {options.looks}")
+        path = Path(options.out).with_suffix(".jsonl")
+        make_room(path)
         core = pinned_core(options.core)
         cases = [(*case, p, c) for case in CASES for p in options.precisions for c in options.compile]
         for case in cases:
@@ -72,8 +75,7 @@ def main(argv: list[str]) -> int:
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     keep_freed_memory()  # as scripts/train.py does
-    path, rows, dear = Path(options.out).with_suffix(".jsonl"), [], 0
-    path.parent.mkdir(parents=True, exist_ok=True)
+    rows, dear = [], 0
     for case in tqdm(cases, unit=" cases", dynamic_ncols=True):
         found = measured(case, options)
         dear += found["cost"]["median"] > TARGET

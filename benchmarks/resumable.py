@@ -100,7 +100,7 @@ def conduct(options: Asked, jobs_of: Callable[[Asked], dict[Key, Job]], report: 
     out = Path(options.out)
     try:
         jobs = jobs_of(options)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_room(out)
         ledger = Ledger(out.with_suffix(".jsonl"))
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -117,6 +117,7 @@ def conduct(options: Asked, jobs_of: Callable[[Asked], dict[Key, Job]], report: 
             )
             return 2
     else:
+        print("\n".join(made_otherwise(jobs, ledger)), end="")
         try:
             complete(jobs, ledger, records, options.workers)
         except KeyboardInterrupt:
@@ -151,11 +152,33 @@ def complete(jobs: Mapping[Key, Job], ledger: Ledger, records: dict[Key, Any], w
             while missing and len(running) < workers:
                 key = missing.pop(0)
                 running[pool.submit(jobs[key].make)] = key
-                bar.set_postfix_str(" ".join(map(str, jobs[key].named.values())))
+                short = (value for value in jobs[key].named.values() if isinstance(value, str | int))
+                bar.set_postfix_str(" ".join(map(str, short)))
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 key = running.pop(future)
                 records[key] = ledger.add(jobs[key].run, jobs[key].code, future.result())
                 bar.update()
+
+
+def make_room(out: Path) -> None:
+    """Make the folder that ``--out`` names a file in.
+
+    Raises:
+        ValueError: If it cannot be made.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}: {error.filename}") from error
+
+
+def made_otherwise(jobs: Mapping[Key, Job], ledger: Ledger) -> list[str]:
+    """In words, how many runs have a record only of other code, versions or hardware, so that they are made again."""
+    old = sum(ledger.find(job.run, job.code) is None and ledger.newest(job.named) is not None for job in jobs.values())
+    words = (
+        f"{old} of {len(jobs)} runs have a record of other code, versions or hardware, or a failed one: made again\n"
+    )
+    return [words] if old else []
 
 
 def outdated(jobs: Mapping[Key, Job], records: Mapping[Key, Any]) -> list[str]:

@@ -160,6 +160,12 @@ def _underflow(samples: Sequence[Sample]) -> Diagnosis | None:
     if worst is None or worst[2] <= MOST_UNDERFLOW:
         return None
     name, role, part = worst
+    if role == ROLES[-1]:
+        # Backward, the last layer comes first: what vanished there is missing in all before it.
+        parts = {
+            each: median(layer.gradient.underflow for layer in layers) for each, layers in _by_layer(samples).items()
+        }
+        name, part = next(pair for pair in reversed(parts.items()) if pair[1] > MOST_UNDERFLOW)
     scale = samples[-1].loss_scale
     note = f" (the loss scale is {scale:.3g})" if role == "gradients" and scale != 1 else ""
     return Diagnosis("precision", name, f"{part:.0%} of the {role} of {name} vanish in {_format(samples, name)}{note}")

@@ -89,7 +89,8 @@ class Recorder:
     """Looks at one update in so many: the operands of every linear layer as they ran, beside those of an FP32 pass.
 
     A sampled update costs two more passes of its loss (in FP32 one), run eagerly, also where updates are compiled;
-    nothing is read by the host until `samples` or `diagnose` is called. Training does not change by a bit: parameters, random state and batches are left alone.
+    nothing is read by the host until `samples` or `diagnose` is called. Training does not change by a bit: parameters,
+    random state and batches are left alone.
 
     Args:
         every: One update in this many is looked at, beginning with the first.

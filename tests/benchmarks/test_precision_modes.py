@@ -9,12 +9,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import recorder_cost
 import torch
-from ledger import ROOT
+from ledger import ROOT, Ledger
 from mode_cell import Watch, train
 from negative_controls import configured
-from precision_modes import Options, cores_of, main, plan
+from precision_modes import Options, cores_of, jobs_of, main, plan
 from precision_records import curve_of, seconds_to
+from resumable import made_otherwise
 
 from fp8rl_torchrl.precision import quantize
 from fp8rl_torchrl.recipes import DQNConfig, PPOConfig
@@ -224,6 +226,34 @@ def test_bad_input_is_refused_before_anything_is_written(words, message, tmp_pat
     said = capsys.readouterr()
     assert re.search(message, re.sub(r"[│\s]+", " ", said.err + said.out))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_of_other_settings_are_no_seeds(tmp_path, capsys):
+    """Of two recorded runs, one is of fewer frames: a report of 2,048 frames has nothing of it."""
+    words = ["--tasks", "CartPole-v1", "--modes", "fp32", "bf16", "--seeds", "1", "--out", str(tmp_path / "out")]
+    made = [*jobs_of(Options(tasks=("CartPole-v1",), modes=("fp32", "bf16"), seeds=1, total_frames=1024)).values()]
+    ledger = Ledger(tmp_path / "out.jsonl")
+    ledger.add(made[0].run, "other code", {"failure": "it was switched off"})
+    assert main([*words, "--total-frames", "2048", "--report"]) == 2
+    assert "has none of the 2 runs asked for" in capsys.readouterr().err
+    assert main([*words, "--total-frames", "1024", "--report"]) == 1
+    said = capsys.readouterr().out
+    assert "ppo on CartPole-v1: no record of 1 of 2 runs" in said
+    assert "ppo on CartPole-v1 in fp32, seed 1000: failed: it was switched off" in said
+    assert "the answer on one page" not in said
+    assert [each.name for each in tmp_path.iterdir()] == ["out.jsonl"]
+    jobs = dict(enumerate(made))
+    assert made_otherwise(jobs, ledger)[0].startswith("1 of 2 runs have a record of other code")
+    assert made_otherwise({1: made[1]}, ledger) == []
+
+
+@pytest.mark.parametrize("program", [main, recorder_cost.main])
+def test_a_folder_that_cannot_be_made_is_refused_by_name(program, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    out = tmp_path / "file" / "out"
+    assert program(["--out", str(out)]) == 2
+    assert f"error: --out {out}" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system cannot pin processes")

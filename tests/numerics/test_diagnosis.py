@@ -7,6 +7,7 @@ from torch import nn
 import fp8rl_torchrl as f8
 from fp8rl_torchrl.numerics import Recorder
 from fp8rl_torchrl.numerics.diagnosis import diagnose
+from fp8rl_torchrl.numerics.recorder import LayerNumbers, OperandNumbers, Sample
 from fp8rl_torchrl.recipes import config_class
 
 
@@ -141,6 +142,37 @@ def test_gradients_that_vanish_in_unscaled_fp16_are_named():
     found = diagnosed(pipeline)
     assert found.cause == "precision"
     assert "vanish in fp16 (the loss scale is 6.1e-05)" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("parts", "named", "words"),
+    [
+        ((0.9, 0.6, 0.1), "second", "60% of the gradients of second vanish in fp8-rowwise"),  # it lost them on the way
+        ((0.9, 0.4, 0.1), "first", "90% of the gradients of first vanish in bf16"),
+        ((0.4, 0.4, 0.1), None, "nothing went wrong"),
+    ],
+)
+def test_vanishing_gradients_are_blamed_where_backward_meets_them_first(parts, named, words):
+    def operand(underflow):
+        exact = {"saturation": 0.0, "nonfinite": 0.0, "reference_nonfinite": 0.0, "snr_db": 40.0}
+        return OperandNumbers(amax=1.0, underflow=underflow, reference_zero=False, **exact)
+
+    layers = [
+        LayerNumbers(
+            name=name,
+            format=format,
+            **{role: operand(0.0) for role in ("activation", "weight", "output")},
+            gradient=operand(part),
+            update_survival=1.0,
+            survival_in_fp32=1.0,
+            lost_moments=0.0,
+        )
+        for name, format, part in zip(("first", "second", "third"), ("bf16", "fp8-rowwise", "bf16"), parts, strict=True)
+    ]
+    seen = {"call": 0, "frames": 0, "loss": 1.0, "reference_loss": 1.0, "loss_scale": 1.0, "skipped": False}
+    found = diagnose([Sample(layers=tuple(layers), **seen)], {"reward": 1.0})
+    assert found.layer == named
+    assert found.words.startswith(words)
 
 
 @pytest.mark.parametrize(("low", "cause"), [(torch.float16, "precision"), (torch.bfloat16, "none")])
