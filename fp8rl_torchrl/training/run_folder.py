@@ -51,7 +51,9 @@ class RunFolder:
         if self.path.is_dir() and any(self.path.iterdir()):
             raise RunFolderError(f"{self.path} is not empty; continue it with --resume {self.path}, or name another")
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
+        if not parent.is_dir():
+            raise RunFolderError(f"{self.path} cannot be made: {parent} is a file")
+        if not os.access(parent, os.W_OK):
             raise RunFolderError(f"{self.path} cannot be made: no permission to write in {parent}")
 
     def create(self, config: Mapping[str, Any]) -> None:
