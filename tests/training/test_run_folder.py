@@ -59,7 +59,7 @@ def test_a_file_is_refused(tmp_path):
     file.write_text("not a folder")
     with pytest.raises(RunFolderError, match="is a file; name a folder"):
         RunFolder(file).create({})
-    with pytest.raises(RunFolderError, match="cannot be made: .*file is a file"):
+    with pytest.raises(RunFolderError, match=r"cannot be made: .*file is a file"):
         RunFolder(file / "run").create({})
     assert file.read_text() == "not a folder"
 
