@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import tyro
+from timing import make_room
 from torchrl_losses import BATCH, LOSSES, batch_for, build, gradients, traces_whole
 from tqdm import tqdm
 
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
     out = Path(options.out)
     try:
         cells = plan(options)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_room(out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

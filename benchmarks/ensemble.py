@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import tyro
 from layers import Layer, device_name, device_of
-from timing import aligned, attempt, ratios, take_turns, write_records
+from timing import aligned, attempt, make_room, ratios, take_turns, write_records
 from torch.func import functional_call, stack_module_state
 from tqdm import tqdm
 
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         options = tyro.cli(Options, description=__doc__, args=argv)
         device = device_of(options.device)
         out = Path(options.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_room(out)
         file = out.with_suffix(".jsonl")
         file.write_text("")
     except (ValueError, OSError, RuntimeError) as error:

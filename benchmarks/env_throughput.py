@@ -23,7 +23,7 @@ import tyro
 from dynamics import Dynamics
 from layers import device_name, device_of
 from peers import allocator
-from timing import aligned, attempt, ratios, take_turns, write_records
+from timing import aligned, attempt, make_room, ratios, take_turns, write_records
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import RandomPolicy
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
         options = tyro.cli(Options, description=__doc__, args=argv)
         device = device_of(options.device)
         file = Path(options.out).with_suffix(".jsonl")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_room(file)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,7 +21,7 @@ import tyro
 from cells import Cell, Runner, broken, budget, read_records, run_all
 from layers import device_name, device_of
 from peers import allocator, pinned_core
-from timing import aligned, write_records
+from timing import aligned, make_room, write_records
 from tqdm import tqdm
 
 from fp8rl_torchrl import Precision
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
         device = device_of(options.device)
         core = pinned_core(options.core)
         out = Path(options.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_room(out)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -22,7 +22,7 @@ import tyro
 from kernels import names, ran, where_the_time_went
 from layers import Layer, device_name, device_of
 from roofline import Peaks, flops, least_seconds, measured_peaks, peaks_of
-from timing import aligned, attempt, ratios, take_turns, write_records
+from timing import aligned, attempt, make_room, ratios, take_turns, write_records
 from tqdm import tqdm
 
 from fp8rl_torchrl import Precision
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
         options = tyro.cli(Options, description=__doc__, args=argv)
         device = device_of(options.device)
         out = Path(options.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_room(out)
         file = out.with_suffix(".jsonl")
         file.write_text("")
     except (ValueError, OSError, RuntimeError) as error:

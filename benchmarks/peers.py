@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import tyro
 from peers_report import plot, table
-from timing import write_records
+from timing import make_room, write_records
 from tqdm import tqdm
 
 from fp8rl_torchrl.training.run_folder import made_with
@@ -243,7 +243,7 @@ def main(argv: list[str]) -> int:
         options = tyro.cli(Options, description=__doc__, args=argv)
         core = pinned_core(options.core)
         out = Path(options.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_room(out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 import tyro
 from peers import pinned_core
-from resumable import make_room
 from tensordict import TensorDict, TensorDictBase
-from timing import aligned, write_records
+from timing import aligned, make_room, write_records
 from tqdm import tqdm
 
 from fp8rl_torchrl.numerics import Recorder
@@ -63,7 +62,7 @@ def main(argv: list[str]) -> int:
         if options.every < 3 or options.looks < 2:
             raise ValueError(f"--every must be >= 3 and --looks >= 2; got {options.every} and {options.looks}")
         path = Path(options.out).with_suffix(".jsonl")
-        make_room(path)
+        make_room(Path(options.out))
         core = pinned_core(options.core)
         cases = [(*case, p, c) for case in CASES for p in options.precisions for c in options.compile]
         for case in cases:
@@ -119,7 +118,7 @@ def measured(case: tuple[str, str, str, str], options: Options) -> dict[str, Any
     updates = watch.updates
     usual = statistics.median(seconds for seconds, kind in updates if kind == "other")
     looked, after = ([seconds - usual for seconds, kind in updates if kind == one] for one in ("look", "after"))
-    looks = [one + other for one, other in zip(looked, after, strict=False)]
+    looks = [one + other for one, other in zip(looked, after, strict=False)]  # the last one may be without its next
     rest = (total - sum(looks) - sum(watch.collections)) / len(updates)
     steady = sum(watch.collections) / len(updates)
     lower, median, upper = ((each / options.every + steady) / rest for each in statistics.quantiles(looks, n=4))

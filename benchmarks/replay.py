@@ -17,7 +17,7 @@ import torch
 import tyro
 from layers import device_name, device_of
 from tensordict import TensorDictBase
-from timing import aligned, ratios, take_turns, write_records
+from timing import aligned, make_room, ratios, take_turns, write_records
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from fp8rl_torchrl import ActorCritic, envs
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         options = tyro.cli(Options, description=__doc__, args=argv)
         device = device_of(options.device)
         file = Path(options.out).with_suffix(".jsonl")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_room(file)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ledger import Ledger
+from timing import make_room
 from tqdm import tqdm
 
 Key = TypeVar("Key")
@@ -117,7 +118,6 @@ def conduct(options: Asked, jobs_of: Callable[[Asked], dict[Key, Job]], report: 
             )
             return 2
     else:
-        print("\n".join(made_otherwise(jobs, ledger)), end="")
         try:
             complete(jobs, ledger, records, options.workers)
         except KeyboardInterrupt:
@@ -144,6 +144,9 @@ def complete(jobs: Mapping[Key, Job], ledger: Ledger, records: dict[Key, Any], w
     records.update({key: ledger.find(job.run, job.code) for key, job in jobs.items()})
     missing = [key for key, record in records.items() if record is None]
     done = len(records) - len(missing)
+    if old := sum(ledger.newest(jobs[key].named) is not None for key in missing):
+        reasons = "other code, settings, versions or hardware, or failed"
+        print(f"{old} of {len(records)} runs are made again: those that are recorded are of {reasons}")
     bar = tqdm(total=len(records), initial=done, unit=" runs", dynamic_ncols=True)
     with bar, ThreadPoolExecutor(workers) as pool:
         running: dict[Future[dict[str, Any]], Key] = {}
@@ -158,27 +161,6 @@ def complete(jobs: Mapping[Key, Job], ledger: Ledger, records: dict[Key, Any], w
                 key = running.pop(future)
                 records[key] = ledger.add(jobs[key].run, jobs[key].code, future.result())
                 bar.update()
-
-
-def make_room(out: Path) -> None:
-    """Make the folder that ``--out`` names a file in.
-
-    Raises:
-        ValueError: If it cannot be made.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror}: {error.filename}") from error
-
-
-def made_otherwise(jobs: Mapping[Key, Job], ledger: Ledger) -> list[str]:
-    """In words, how many runs have a record only of other code, versions or hardware, so that they are made again."""
-    old = sum(ledger.find(job.run, job.code) is None and ledger.newest(job.named) is not None for job in jobs.values())
-    words = (
-        f"{old} of {len(jobs)} runs have a record of other code, versions or hardware, or a failed one: made again\n"
-    )
-    return [words] if old else []
 
 
 def outdated(jobs: Mapping[Key, Job], records: Mapping[Key, Any]) -> list[str]:

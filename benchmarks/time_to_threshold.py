@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import tyro
-from timing import aligned, write_records
+from timing import aligned, make_room, write_records
 from tqdm import tqdm
 
 from fp8rl_torchrl import Pipeline, envs, evaluate
@@ -68,6 +68,8 @@ def main(argv: list[str]) -> int:
     options = tyro.cli(Options, description=__doc__, args=argv)
     try:
         cells = plan(options)
+        if options.out is not None:
+            make_room(Path(options.out))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -78,7 +80,6 @@ def main(argv: list[str]) -> int:
             records.append(pool.submit(solve, mode, config, options).result())
         if options.out is not None:
             path = Path(options.out).with_suffix(".jsonl")
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_records(path, [records[-1] | made_with()])
     print(table(records))
     return 0

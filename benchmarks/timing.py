@@ -104,6 +104,18 @@ def ratios(times: list[float], base: list[float]) -> dict[str, float]:
     return {"median": median(each), "min": min(each), "max": max(each)}
 
 
+def make_room(out: Path) -> None:
+    """Make the folder that ``--out`` names a file in.
+
+    Raises:
+        ValueError: If it cannot be made.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}: {error.filename}") from error
+
+
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Append records to a file, a line of JSON each."""
     with path.open("a") as file:

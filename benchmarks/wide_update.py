@@ -17,7 +17,7 @@ import torch
 import tyro
 from layers import device_name, device_of
 from tensordict import TensorDictBase
-from timing import aligned, attempt, ratios, take_turns, write_records
+from timing import aligned, attempt, make_room, ratios, take_turns, write_records
 
 import fp8rl_torchrl as f8
 from fp8rl_torchrl.training.flat import FlatParameter
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         for mode in options.modes:
             f8.Precision(mode)
         file = Path(options.out).with_suffix(".jsonl")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_room(file)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -227,7 +227,8 @@ def _compared(operands: Sequence[_Operand]) -> torch.Tensor:
     compare (in place) and sum several times faster on a CPU than booleans.
     """
     sizes = [value.numel() for value, _, _ in operands]
-    values, reference = (_rows(each) for each in ([v for v, _, _ in operands], [exact for _, exact, _ in operands]))
+    values = _rows(value for value, _, _ in operands)
+    reference = _rows(exact for _, exact, _ in operands)
     multiplied, broken = values, _not_finite(values)
     over = broken
     if any(cast is not None for _, _, cast in operands):
@@ -247,9 +248,8 @@ def _compared(operands: Sequence[_Operand]) -> torch.Tensor:
 def _rows(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """Each tensor's elements in rows of `ROW` of its own, float32 ``[n, ROW]``."""
     flat = [each.float().reshape(-1) for each in tensors]
-    return torch.cat([F.pad(each, (0, -each.numel() % ROW)) if each.numel() % ROW else each for each in flat]).view(
-        -1, ROW
-    )
+    whole = [F.pad(each, (0, -each.numel() % ROW)) if each.numel() % ROW else each for each in flat]
+    return torch.cat(whole).view(-1, ROW)
 
 
 def _square(rows: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mode_cell import Watch, train
 from negative_controls import configured
 from precision_modes import Options, cores_of, jobs_of, main, plan
 from precision_records import curve_of, seconds_to
-from resumable import made_otherwise
+from resumable import complete
 
 from fp8rl_torchrl.precision import quantize
 from fp8rl_torchrl.recipes import DQNConfig, PPOConfig
@@ -229,7 +230,7 @@ def test_bad_input_is_refused_before_anything_is_written(words, message, tmp_pat
 
 
 def test_runs_of_other_settings_are_no_seeds(tmp_path, capsys):
-    """Of two recorded runs, one is of fewer frames: a report of 2,048 frames has nothing of it."""
+    """What is recorded is a run of 1,024 frames: a report of 2,048 has nothing of it."""
     words = ["--tasks", "CartPole-v1", "--modes", "fp32", "bf16", "--seeds", "1", "--out", str(tmp_path / "out")]
     made = [*jobs_of(Options(tasks=("CartPole-v1",), modes=("fp32", "bf16"), seeds=1, total_frames=1024)).values()]
     ledger = Ledger(tmp_path / "out.jsonl")
@@ -242,9 +243,11 @@ def test_runs_of_other_settings_are_no_seeds(tmp_path, capsys):
     assert "ppo on CartPole-v1 in fp32, seed 1000: failed: it was switched off" in said
     assert "the answer on one page" not in said
     assert [each.name for each in tmp_path.iterdir()] == ["out.jsonl"]
-    jobs = dict(enumerate(made))
-    assert made_otherwise(jobs, ledger)[0].startswith("1 of 2 runs have a record of other code")
-    assert made_otherwise({1: made[1]}, ledger) == []
+    jobs = {place: replace(job, make=lambda: {"failure": None}) for place, job in enumerate(made)}
+    complete(jobs, ledger, {})
+    assert "1 of 2 runs are made again: those that are recorded are of other code" in capsys.readouterr().out
+    complete(jobs, ledger, {})
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("program", [main, recorder_cost.main])
